@@ -1,0 +1,83 @@
+"""Write a checkpoint, keep the last ones and the best one."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..intervals import highest
+from .files import describe, read_manifest, serialize, write, write_manifest
+from .tree import capture
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+
+def save(run: Run, folder: Path, *, keep: int | None = None, best: highest | None = None) -> Path:
+    """Save the run at a boundary; older checkpoints go only once the new one is safe.
+
+    Args:
+        run: The run.
+        folder: Where to.
+        keep: How many of the newest stay; None for all.
+        best: If the newest result is the best so far, it is written to ``best.pt`` as well.
+
+    Returns:
+        The file.
+
+    Raises:
+        LookupError: If nobody writes the metric of *best*.
+        OSError: If the file cannot be written; what was there stays.
+        TypeError: If something cannot be saved, by name.
+    """
+    state = run.state
+    border = state is not None and state.round_last
+    entries = read_manifest(folder)
+    progress = run.progress
+    name = _free_name(f"epoch_{progress.epoch:04d}-iteration_{progress.iteration:06d}", entries)
+    before = dict(run.best)
+    is_best = best is not None and _take_best(run, best, border)
+    try:
+        data = serialize(capture(run, border=border))
+        write(folder / name, data)
+        if is_best:
+            write(folder / "best.pt", data)
+    except BaseException:
+        run.best = before
+        raise
+    facts: dict[str, Any] = {"number": entries[-1]["number"] + 1 if entries else 1, "file": name}
+    facts |= {"epoch": progress.epoch, "iteration": progress.iteration, "round": progress.round, "border": border}
+    entries.append(facts | describe(data))
+    old = entries[:-keep] if keep is not None else []
+    write_manifest(folder, entries[len(old) :])
+    for entry in old:
+        with contextlib.suppress(OSError):
+            (folder / entry["file"]).unlink()
+    return folder / name
+
+
+def _free_name(stem: str, entries: list[dict[str, Any]]) -> str:
+    taken = {entry["file"] for entry in entries}
+    name, number = f"{stem}.pt", 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}.pt"
+    return name
+
+
+def _take_best(run: Run, best: highest, border: bool) -> bool:
+    """Whether the newest result is the best so far; then it is noted in ``run.best``."""
+    value = run.results.get(best.metric)
+    if value is None:
+        if border:  # after a whole round everybody has written
+            known = ", ".join(sorted(run.results)) or "none"
+            raise LookupError(f'best: no part writes "{best.metric}"; known are {known}.')
+        return False
+    so_far = run.best.get(best.metric, {}).get("value")
+    if not best.better(value, so_far):
+        return False
+    progress = run.progress
+    facts = {"value": value, "epoch": progress.epoch, "iteration": progress.iteration, "file": "best.pt"}
+    run.best = {**run.best, best.metric: facts}
+    return True

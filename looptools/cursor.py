@@ -1,0 +1,353 @@
+"""The machine: takes one state after another through the parts, and survives what they raise.
+
+A pass has a line of parts: those of its phase, then those of the run. Each is a generator over its own link.
+To push a state through a part, its link is filled and the part is asked for its next state; nothing is nested.
+So an exception ends one generator only, tracebacks are short, and the cursor knows at any time which part comes
+next: `state` and `at` are all there is to know between two parts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import signal
+from _signal import getsignal  # type: ignore[import-not-found]  # C; the wrapper in signal makes 7 calls of it
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from threading import get_ident
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from .agenda import Agenda
+from .interrupts import MAIN, interrupts
+from .links import Slot, close_streams, raise_all
+from .middleware.average import average
+from .passes import Passes
+from .phases import Phase
+from .pipeline import Middleware, flatten, fresh, name_of, numbered
+from .state import Progress, State
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+@attrs.frozen(eq=False)
+class Failed:
+    """What stopped a run: ``run.failed``.
+
+    Args:
+        part: Full name of the part that raised.
+        state: The state it had; None if a pass's first batch could not be fetched.
+        exception: What it raised.
+    """
+
+    part: str
+    state: State | None = attrs.field(repr=False)
+    exception: BaseException
+
+
+class Cursor:
+    """Where a run stands, and how it gets on."""
+
+    def __init__(self, run: Run, agenda: Agenda, middlewares: Iterable[Middleware], progress: Progress) -> None:
+        self.run = run
+        self.progress = progress
+        self.passes = Passes(agenda, progress)
+        self.state: State | None = None  # the open iteration; None at a boundary
+        self.at = 0  # number of the part of the line that comes next
+        self.line: list[Slot] = []
+        self.failed: Failed | None = None
+        self.unseen: State | None = None  # finished, but Ctrl-C came before it could be handed out
+        self.at_boundary: list[Callable[[Run], Any]] = []
+        self.stopping = ""
+        self.ended = ""
+        self.started = False
+        self.resumed_from: Path | None = None
+        self.began = self.began_before = 0.0  # seconds at which this iteration began, and the one before
+        self._counted = self._closing = self._working = False
+        self._entered = 0.0
+        self.lines = {id(phase): self._line(phase) for phase in agenda.phases}
+        parts = list(flatten(middlewares))
+        names = numbered(name for name, _ in parts)
+        self.run_slots = [
+            Slot(f"run/{name}", fresh(part), self._refill, True) for name, (_, part) in zip(names, parts, strict=True)
+        ]
+
+    def _line(self, phase: Phase) -> list[Slot]:
+        name = self.passes.names[id(phase)]
+        return [Slot(f"{name}/{part_name}", part, self._refill, False) for part_name, part in phase.parts()]
+
+    @property
+    def slots(self) -> list[Slot]:
+        """All parts of the run, those of the phases first."""
+        return [*(slot for line in self.lines.values() for slot in line), *self.run_slots]
+
+    @property
+    def part_names(self) -> list[str]:
+        """Full names of the parts of the pass under way, its batches first."""
+        return [f"{self.passes.plan.phase}/batches", *(slot.name for slot in self.line)]
+
+    # Getting on
+
+    def enter(self) -> None:
+        """Begin to work: Ctrl-C waits from here on.
+
+        Raises:
+            RuntimeError: If the run is at work already.
+        """
+        if self._working:
+            raise RuntimeError("run: it is at work already, within this iteration or in another thread.")
+        if get_ident() == MAIN:
+            if getsignal(signal.SIGINT) is not interrupts.handler:
+                interrupts.install(self.run)
+            interrupts.at_work += 1
+        self._working = True
+        self._entered = perf_counter() - self.progress.seconds
+
+    def leave(self) -> None:
+        """Hand over to the user."""
+        self.progress.seconds = perf_counter() - self._entered
+        self._working = False
+        if get_ident() == MAIN:
+            interrupts.at_work -= 1
+
+    @property
+    def seconds(self) -> float:
+        """Seconds at work until now."""
+        return perf_counter() - self._entered if self._working else self.progress.seconds
+
+    def iterate(self) -> State:
+        """Finish the open iteration, or do the next one, and return its state.
+
+        Raises:
+            StopIteration: At the end of the run.
+        """
+        state = self.unseen
+        if state is not None:
+            self.unseen = None
+            return state
+        if self.failed is not None:
+            self.go_on()
+        while self.state is not None or self.begin():
+            self.advance()
+            state = self.state
+            if state is None:  # the run ended while a part that dropped its state asked for another
+                continue
+            self.finish()
+            if interrupts.pending:
+                self.unseen = None if state.dropped else state
+                interrupts.deliver()
+                self.unseen = None  # whoever handled it lets the run go on
+            if not state.dropped:
+                return state
+        raise StopIteration
+
+    def begin(self) -> bool:
+        """Fetch a batch and open its iteration; False at the end of the run."""
+        if self.ended:
+            return False
+        if self.stopping:
+            self.end(self.stopping)
+            return False
+        if self.passes.phase is None and not self._open_pass():
+            return False
+        self.began_before, self.began = self.began, perf_counter() - self._entered
+        try:
+            self.state = self.passes.fetch(self.run)
+        except BaseException as error:
+            self._fail(f"{self.passes.plan.phase}/batches", error)
+            raise
+        self.at = 0
+        return True
+
+    def advance(self, until: Slot | None = None) -> None:
+        """Give the open state to the parts that come next, up to *until*; or to all of them."""
+        while self.state is not None and self.at < len(self.line):
+            slot = self.line[self.at]
+            if slot is until:
+                return
+            slot.link.state = self.state
+            try:
+                out = next(slot.stream or slot.begin())
+            except StopIteration:
+                self._stream_ended(slot)
+                continue
+            except BaseException as error:
+                self._fail(slot.name, error, slot)
+                raise
+            if out is not self.state or slot.link.state is not None:  # a part that drops states has moved self.state
+                self._refuse(slot, out)
+            self.at += 1
+
+    def finish(self) -> None:
+        """The boundary: count the iteration, then do what parts asked to be done here."""
+        state = self.state
+        assert state is not None
+        try:
+            if not self._counted:
+                if state.last:
+                    self.passes.end(state)
+                if state.trains:
+                    self.progress.iteration += 1
+                    self.progress.samples += 0 if state.dropped else state.num_samples
+                self._counted = True
+            while self.at_boundary:
+                self.at_boundary[0](self.run)
+                del self.at_boundary[0]
+        except BaseException as error:
+            self._fail("boundary", error)
+            raise
+        self.state, self.at, self._counted = None, 0, False
+
+    def _open_pass(self) -> bool:
+        """Go on to the next pass; False if there is none."""
+        if not self.started:
+            for slot in self.slots:
+                if hasattr(slot.part, "on_start"):
+                    slot.part.on_start(self.run)
+            self.started = True
+        self.line, done = [], self.line
+        self.close(slot for slot in done if not slot.of_run)
+        while (entry := self.passes.upcoming()) is not None and not self.stopping:
+            phase = entry.phase
+            try:
+                if isinstance(phase, Phase):
+                    self.passes.set_out(entry, phase, self.seconds)
+                    self.line = [*self.lines[id(phase)], *self.run_slots]
+                    return True
+                phase(self.run)
+                self.passes.place.done += 1
+            except BaseException as error:
+                self._fail(f"{phase.name}/batches" if isinstance(phase, Phase) else f"workflow/{name_of(phase)}", error)
+                raise
+        epochs = "1 epoch" if self.progress.epoch == 1 else f"{self.progress.epoch} epochs"
+        self.end(self.stopping or f"finished: {epochs}, {self.progress.iteration} iterations")
+        return False
+
+    def is_last(self, state: State) -> bool:
+        """What ``state.last`` asks."""
+        if state is not self.state:
+            return False  # asked of a state that was overtaken
+        try:
+            return self.passes.is_last()
+        except BaseException as error:
+            self._fail(f"{self.passes.plan.phase}/batches", error)
+            raise
+
+    def stop(self, why: str) -> None:
+        """End the run at the next boundary."""
+        self.stopping = self.stopping or why
+
+    # What parts may do instead of handing their state on
+
+    def _refill(self, slot: Slot) -> State:
+        """*slot* asks again: it dropped the open state. Give it the next one.
+
+        Raises:
+            StopIteration: If there is none in its scope; this ends the part's loop.
+        """
+        dropped = self.state
+        if self._closing or dropped is None:
+            raise StopIteration
+        dropped.dropped = True
+        if dropped.last:
+            if not slot.of_run:
+                raise StopIteration
+            self.at = self.line.index(slot) + 1  # those behind it still learn that the pass has ended
+            self.advance()
+        self.finish()
+        if self.begin():
+            self.advance(until=slot)
+        if self.state is None:
+            raise StopIteration
+        return self.state
+
+    def _stream_ended(self, slot: Slot) -> None:
+        """A part's loop is over: its pass ends with the open state, which it dropped; or the run does."""
+        slot.forget()
+        state = self.state
+        if state is None:
+            return
+        state.dropped = state.last = True
+        state.round_last = self.passes.is_round_last()
+        if slot.of_run:
+            self.stop(f"{slot.name} ended the stream")
+            self.at = self.line.index(slot) + 1
+        else:
+            self.at = self.closing_part()
+
+    def closing_part(self) -> int:
+        """Number of the part from which on all must learn that a pass has ended: `average`, then the run's."""
+        return next((n for n, s in enumerate(self.line) if s.of_run or isinstance(s.part, average)), len(self.line))
+
+    def _refuse(self, slot: Slot, out: Any) -> None:
+        error: Exception = RuntimeError(
+            f"{slot.name} must yield the state it was given last, once or not at all, but yielded another one. "
+            "A part cannot hold states back or make new ones."
+        )
+        if not isinstance(out, State):
+            error = TypeError(f"{slot.name} yielded {type(out).__name__}, not the state. Write `yield state`.")
+        self._fail(slot.name, error, slot)
+        raise error
+
+    # Failing and closing
+
+    def _fail(self, name: str, error: BaseException, slot: Slot | None = None) -> None:
+        """Remember what failed, and say so in notes on the exception."""
+        if slot is not None:
+            slot.forget()
+        if self.failed is not None and self.failed.exception is error:
+            return  # on its way out through a part that had asked for another state
+        state, names = self.state, self.part_names
+        self.failed = Failed(name, state, error)
+        number = f", part {names.index(name) + 1} of {len(names)}" if name in names else ""
+        iteration, epoch = (state or self.progress).iteration, (state or self.progress).epoch
+        error.add_note(f"looptools: {name} (iteration {iteration}, epoch {epoch}{number}).")
+        if slot is not None and state is not None and hasattr(slot.part, "leaves"):
+            left = slot.part.leaves(state)
+            if left:
+                error.add_note(f"What it did before it failed cannot be undone: {left}.")
+        if slot is not None and inspect.isgeneratorfunction(slot.part):
+            error.add_note(f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
+        if isinstance(error, Exception):
+            error.add_note("next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it.")
+
+    def go_on(self) -> None:
+        """After a failure: stand where the part that failed says that it can be redone from."""
+        self.failed = None
+        if self.state is not None and self.at < len(self.line):
+            origin = getattr(self.line[self.at].part, "redo_from", None)
+            before = [n for n in range(self.at) if self.line[n].short == origin]
+            self.at = before[-1] if before else self.at
+
+    def close(self, slots: Iterable[Slot]) -> None:
+        """Close the generators of *slots*.
+
+        Raises:
+            BaseException: What they raised; all are closed all the same.
+        """
+        self._closing = True
+        try:
+            raise_all(close_streams(slots))
+        finally:
+            self._closing = False
+
+    def end(self, why: str) -> None:
+        """The run is over: close every part."""
+        self.ended = why
+        self.rest()
+
+    def rest(self) -> None:
+        """Close all generators, flush and close files, let workers go. The next iteration starts them again."""
+        errors: list[BaseException] = []
+        slots = self.slots
+        closers = [slot.part.close for slot in slots if hasattr(slot.part, "close")]
+        releasers = [source.release for source in self.passes.sources.values()]
+        for close in [lambda: self.close(slots), *closers, *releasers]:
+            try:
+                close()
+            except BaseException as error:
+                errors.append(error)
+        interrupts.release(self.run)
+        raise_all(errors)

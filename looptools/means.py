@@ -1,0 +1,123 @@
+"""Weighted means of scalars that stay on their device until somebody reads them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLD_AT = 256  # entries kept as they came; appending costs 0.1 µs, adding a tensor each time 1.4 µs
+
+
+class Means:
+    """Collects scalars by name; a mean is the sum of value · weight over the sum of weights.
+
+    Args:
+        window: How many of the last entries count; None for all of them.
+
+    Example:
+        >>> means = Means()
+        >>> means.add({"loss": torch.tensor(1.0)}, weight=4)
+        >>> means.add({"loss": torch.tensor(4.0)}, weight=2)
+        >>> means.read()
+        {'loss': 2.0}
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self.window = window
+        self._entries: deque[tuple[Mapping[str, Any], float]] = deque(maxlen=window)
+        self._sums: dict[str, Any] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Any], weight: float) -> None:
+        """Take in one entry; tensors must have shape ``()`` and no graph."""
+        self._entries.append((values, weight))
+        if self.window is None and len(self._entries) >= FOLD_AT:
+            self._fold()
+
+    def read(self, also: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """The means as floats, and with them the scalars of *also*. Waits for each device once."""
+        if self.window is None:
+            self._fold()
+            sums, weights = self._sums, self._weights
+        else:
+            sums, weights = {}, {}
+            _gather(self._entries, sums, weights)
+        means = {key: sums[key] / weights[key] for key in sums if weights[key]}
+        return read({**means, **(also or {})})
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._sums, self._weights = {}, {}
+
+    def _fold(self) -> None:
+        _gather(self._entries, self._sums, self._weights)
+        self._entries.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything collected, in plain values and tensors."""
+        if self.window is None:
+            self._fold()
+        entries = [[dict(values), weight] for values, weight in self._entries]
+        return {"entries": entries, "sums": dict(self._sums), "weights": dict(self._weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._entries = deque(((values, weight) for values, weight in state["entries"]), maxlen=self.window)
+        self._sums, self._weights = dict(state["sums"]), dict(state["weights"])
+
+
+def _gather(
+    entries: Iterable[tuple[Mapping[str, Any], float]], sums: dict[str, Any], weights: dict[str, float]
+) -> None:
+    """Add value · weight and weight of all *entries*, in order, to *sums* and *weights*."""
+    columns: dict[str, tuple[list[Any], list[float]]] = {}
+    for values, weight in entries:
+        for key, value in values.items():
+            column = columns.setdefault(key, ([], []))
+            column[0].append(value)
+            column[1].append(weight)
+    for key, (column_values, column_weights) in columns.items():
+        total = _weighted_sum(column_values, column_weights)
+        sums[key] = sums[key] + total if key in sums else total
+        weights[key] = weights.get(key, 0.0) + sum(column_weights)
+
+
+def _weighted_sum(values: list[Any], weights: list[float]) -> Any:
+    """Sum of value · weight in float64: a tensor on the values' device, or a float."""
+    plain = [(value, weight) for value, weight in zip(values, weights, strict=True) if not isinstance(value, Tensor)]
+    total: Any = sum(float(value) * weight for value, weight in plain)
+    if len(plain) == len(values):
+        return total
+    pairs = [(value, weight) for value, weight in zip(values, weights, strict=True) if isinstance(value, Tensor)]
+    device = pairs[-1][0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    column = torch.stack([value.to(device=device, dtype=dtype) for value, _ in pairs])
+    return total + (column * torch.tensor([weight for _, weight in pairs], device=device, dtype=dtype)).sum()
+
+
+def read(values: Mapping[str, Any]) -> dict[str, float]:
+    """Turn scalars into floats: one wait for each device that holds some.
+
+    This is the one place of the library where tensors become numbers.
+
+    Example:
+        >>> read({"loss": torch.tensor(0.5), "lr": 0.1})
+        {'loss': 0.5, 'lr': 0.1}
+    """
+    result = dict(values)
+    by_device: dict[torch.device, list[str]] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, []).append(key)
+        else:
+            result[key] = float(value)
+    for device, keys in by_device.items():
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        numbers = torch.stack([values[key].detach().reshape(()).to(dtype) for key in keys]).tolist()
+        result.update(zip(keys, numbers, strict=True))
+    return result

@@ -1,0 +1,51 @@
+"""Average what a pass measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import attrs
+
+from ..checks import whole
+from ..means import Means
+from ..state import State
+
+
+@attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
+class average:
+    """Average the metrics of a pass, weighted by ``num_samples``, into ``run.results`` on its last state.
+
+    The last part of every phase, put there by itself. Tensors stay on their device until the last state; then the
+    device is read once. The means of phase ``val`` get the keys ``"val/loss"`` and so on, and ``run.history`` a row.
+    Where the source does not know its length, reading ``state.last`` fetches the next batch here, after the update.
+
+    Args:
+        window: Average over the last *window* iterations of the pass instead of all. An ``average`` that is
+            piped on takes the place of the one that would be put there.
+
+    Example:
+        >>> states = [State(phase="val", metrics={"loss": 1.0}), State(phase="val", metrics={"loss": 3.0}, last=True)]
+        >>> part = average()
+        >>> for state in part(states):
+        ...     pass
+        >>> part.means.read()
+        {'loss': 2.0}
+    """
+
+    window: int | None = attrs.field(default=None, kw_only=True, validator=attrs.validators.optional(whole()))
+    means: Means = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.means = Means(self.window)
+
+    def __call__(self, states: Iterable[State]) -> Iterator[State]:
+        for state in states:
+            last = state.last  # may fetch a batch, and fail: so before anything is counted
+            if state.first:
+                self.means.clear()
+            if not state.dropped:
+                self.means.add(state.metrics, state.num_samples)
+                state.committed = state.committed or "average has counted it"
+            if last and state.run is not None:
+                state.run.record(state, self.means.read())
+            yield state

@@ -1,0 +1,196 @@
+"""Run the user's step on the batch."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ..devices import count_samples, model_device
+from ..modes import set_mode
+from ..pipeline import name_of
+from ..state import State
+
+Call = Callable[[State], Any]
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """Read an option ``autocast=``: a dtype, its name, or None."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f'forward: autocast must be a dtype such as torch.bfloat16 or "bfloat16", got {value!r}.')
+    return dtype
+
+
+@attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
+class forward:
+    """Call the step, and put what it returns on the state.
+
+    Sets ``state.outputs``, ``state.loss``, ``state.num_samples``, and in ``state.metrics`` the step's scalars,
+    detached. First the model is put into train or eval mode if it is in the other one. Validation steps run
+    under ``torch.no_grad()``, which is left again before the state moves on.
+
+    If the same state comes a second time, after a failure, the torch generators are first set back to what they
+    were, so that dropout draws the same.
+
+    Args:
+        step: ``step(model, batch)`` -> the loss, or a mapping with ``"loss"``. A third parameter named ``state``
+            gets the State, one named ``train_mode`` whether the phase trains. None calls the model's own
+            ``train_step(batch, optimizer)`` or ``val_step(batch, optimizer)``. A mapping's ``"num_samples"`` (an
+            int) weighs the iteration in averages, otherwise the batch's first dimension does; its ``"log_vars"``,
+            if there, is what is logged.
+        autocast: Dtype of ``torch.autocast`` around the step alone, as in ``torch.bfloat16``.
+
+    Raises:
+        TypeError: If the step's parameters or its result are not of this kind.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> states = [State(phase="train", model=model, batch=torch.ones(4, 1))]
+        >>> state = next(forward(lambda model, batch: model(batch).mean())(states))
+        >>> state.loss.requires_grad, state.metrics["loss"].requires_grad, state.num_samples
+        (True, False, 4)
+    """
+
+    step: Callable[..., Any] | None = attrs.field(
+        repr=lambda step: "the model's own" if step is None else name_of(step)
+    )
+    autocast: torch.dtype | None = attrs.field(default=None, kw_only=True, converter=_dtype)
+    _call: Call | None = attrs.field(init=False, repr=False)  # None: call step(model, batch) directly
+    _device: torch.device | None = attrs.field(default=None, init=False, repr=False)
+    _seen: Callable[[], State | None] | None = attrs.field(default=None, init=False, repr=False)
+    _drawn: list[Tensor] = attrs.field(factory=list, init=False, repr=False)
+    _generators: list[torch.Generator] = attrs.field(factory=list, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._call = _own_step if self.step is None else _adapt(self.step)
+
+    def __call__(self, states: Iterable[State]) -> Iterator[State]:
+        call = self._call is not None
+        for state in states:
+            model = state.model
+            if isinstance(model, Module) and model.training is not state.trains:
+                set_mode(model, state.trains)
+            if state.first or self._device is None:
+                self._find_device(model)
+            if self._seen is not None and self._seen() is state:
+                for generator, drawn in zip(self._generators, self._drawn, strict=True):
+                    generator.set_state(drawn)
+            else:
+                self._seen = weakref.ref(state)
+                self._drawn.clear()
+                for generator in self._generators:
+                    self._drawn.append(generator.get_state())
+            if self.autocast is not None:
+                result = self._under_autocast(state)
+            elif state.trains:
+                result = self._call(state) if call else self.step(model, state.batch)  # type: ignore[misc]
+            else:
+                with torch.set_grad_enabled(False):
+                    result = self._call(state) if call else self.step(model, state.batch)  # type: ignore[misc]
+            self._take(state, result)
+            yield state
+
+    def carry_over(self, old: forward) -> None:
+        """Take the place of *old*: a state that comes again finds the same random numbers."""
+        self._device, self._generators = old._device, old._generators
+        self._seen, self._drawn = old._seen, old._drawn
+
+    def leaves(self, state: State) -> str:
+        """What a failure in the middle of this part can leave behind."""
+        buffers = state.trains and isinstance(state.model, Module) and next(state.model.buffers(), None) is not None
+        return "the model's buffers (BatchNorm statistics) may have taken this batch in already" if buffers else ""
+
+    def _find_device(self, model: Any) -> None:
+        """Once a pass: where the model is, and so which generators its layers draw from."""
+        self._device = model_device(model) or torch.device("cpu")
+        self._generators = [torch.default_generator]
+        if self._device.type == "cuda":
+            index = torch.cuda.current_device() if self._device.index is None else self._device.index
+            self._generators.append(torch.cuda.default_generators[index])
+
+    def _under_autocast(self, state: State) -> Any:
+        assert self._device is not None
+        call = self._call or (lambda state: self.step(state.model, state.batch))  # type: ignore[misc]
+        grad = state.trains and torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad), torch.autocast(self._device.type, self.autocast):
+            return call(state)
+
+    def _take(self, state: State, result: Any) -> None:
+        if isinstance(result, Tensor):
+            outputs: Mapping[str, Any] = {"loss": result}
+        elif isinstance(result, dict) or isinstance(result, Mapping):  # noqa: SIM101 (asking an ABC costs a call)
+            outputs = result
+        else:
+            raise TypeError(
+                f"forward: the step returned {type(result).__name__} in iteration {state.iteration} of {state.phase}. "
+                'Return the loss, a tensor of one element, or a mapping with "loss".'
+            )
+        loss: Any = outputs.get("loss")
+        if loss is not None and not (isinstance(loss, Tensor) and loss.numel() == 1):
+            shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(
+                f"forward: the loss of iteration {state.iteration} of {state.phase} must be a tensor of one element, "
+                f"got {shape}. Average it with .mean(), and do not call .item() on it."
+            )
+        state.outputs, state.loss = outputs, loss
+        number = outputs.get("num_samples")
+        state.num_samples = count_samples(state.batch) if number is None else number
+        if not isinstance(state.num_samples, int):
+            raise TypeError(
+                f"forward: num_samples must be an int, got {number!r} in iteration {state.iteration} of {state.phase}. "
+                "A batch's size is len(batch) or batch.shape[0]."
+            )
+        metrics = state.metrics
+        for key, value in outputs.get("log_vars", outputs).items():
+            if isinstance(value, Tensor):
+                if value.numel() == 1 and not value.is_complex():
+                    metrics[key] = value.detach() if value.ndim == 0 else value.detach().reshape(())
+            elif isinstance(value, int | float) and key != "num_samples":
+                metrics[key] = value
+        if loss is not None and "loss" not in metrics:
+            metrics["loss"] = loss.detach().reshape(())
+
+
+def _adapt(step: Callable[..., Any]) -> Call | None:
+    """Find out how *step* wants to be called."""
+    if not callable(step):
+        raise TypeError(f"forward: step must be a function step(model, batch), got {step!r}.")
+    try:
+        parameters = list(inspect.signature(step).parameters.values())
+    except ValueError:  # a function in C tells nothing
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if parameters and len(names) < 2 and not starred:
+        raise TypeError(f"forward: {name_of(step)} must take (model, batch), but takes ({', '.join(names)}).")
+    if len(names) > 3 or (len(names) == 3 and names[2] not in ("state", "train_mode")):
+        raise TypeError(
+            f"forward: the third parameter of {name_of(step)} must be named state or train_mode, got {names[2]!r}. "
+            "Bind further arguments with functools.partial or a lambda, by keyword."
+        )
+    if len(names) < 3:
+        return None
+    if names[2] == "state":
+        return lambda state: step(state.model, state.batch, state)
+    return lambda state: step(state.model, state.batch, state.trains)
+
+
+def _own_step(state: State) -> Any:
+    """Call the model's train_step or val_step, as mmcv 1.x does."""
+    model = state.model if hasattr(state.model, "train_step") else getattr(state.model, "module", state.model)
+    step = model.train_step if state.trains else model.val_step
+    optimizer = state.run.optimizer if state.run is not None else None
+    return step(state.batch, optimizer) if _wants_optimizer(step) else step(state.batch)
+
+
+def _wants_optimizer(step: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(step).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)

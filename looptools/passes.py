@@ -1,0 +1,139 @@
+"""The pass under way: its phase, its data, and how far it goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .agenda import Agenda, Entry, Place
+from .devices import model_device
+from .phases import Phase
+from .pipeline import numbered
+from .sources import END, Source
+from .state import Plan, Progress, State
+
+
+class Passes:
+    """Sets out on one pass of the workflow after another, and fetches their batches.
+
+    Args:
+        agenda: The workflow.
+        progress: The run's counters; `end` moves those of passes and rounds.
+    """
+
+    def __init__(self, agenda: Agenda, progress: Progress) -> None:
+        self.agenda = agenda
+        self.progress = progress
+        self.place = Place()
+        self.phase: Phase | None = None  # of the pass under way; None between passes
+        self.plan = Plan(phase="", trains=False)
+        self.began = 0.0  # the run's seconds when the pass began
+        phases = agenda.phases
+        self.names = {id(p): name for p, name in zip(phases, numbered(p.name for p in phases), strict=True)}
+        self.sources = {id(p): Source(p.source, self.names[id(p)], p.max_batches, p.non_blocking) for p in phases}
+        self.lengths = {key: source.length for key, source in self.sources.items()}
+        self.stretch()
+        self._entry: Entry
+        self._source: Source
+        self._index = 0  # of the batch that comes next
+        self._exact: int | None = None  # iterations of the pass, if that is known,
+        self._most: int | None = None  # and how many there may be at most
+
+    def stretch(self) -> None:
+        """Measure the whole run, now and when its bounds have changed."""
+        self.epochs = self.agenda.epochs(self.lengths)
+        self.iterations = self.agenda.iterations(self.lengths)
+
+    def upcoming(self) -> Entry | None:
+        """The entry whose pass comes next; None if the run is over."""
+        done = self.progress
+        return self.agenda.upcoming(self.place, done.epoch, done.iteration, done.round)
+
+    def set_out(self, entry: Entry, phase: Phase, seconds: float) -> None:
+        """Begin the next pass of *entry*."""
+        source, name = self.sources[id(phase)], self.names[id(phase)]
+        source.device = _device(phase)
+        goes_on = source.under_way and phase.trains and entry.batches is not None
+        if not goes_on:
+            source.begin()
+        self._exact, self._most = self.agenda.length(entry, source.length, self.progress.iteration)
+        self.plan = Plan(
+            phase=name,
+            trains=phase.trains,
+            round=self.progress.round,
+            length=self._exact,
+            max_epochs=self.agenda.max_epochs,
+            max_iterations=self.agenda.max_iterations,
+            epochs=self.epochs,
+            iterations=self.iterations,
+        )
+        self.phase, self._entry, self._source, self._index, self.began = phase, entry, source, 0, seconds
+
+    def fetch(self, run: Any) -> State:
+        """Fetch the next batch of the pass, and make its state.
+
+        Raises:
+            RuntimeError: If the source has none.
+        """
+        batch = self._source.fetch()
+        if batch is END and self._entry.batches is not None:  # such a pass begins its source again and again
+            self._source.begin()
+            batch = self._source.fetch()
+        if batch is END:
+            raise RuntimeError(f"{self.plan.phase}: its source gave no batch.")
+        phase, progress, index = self.phase, self.progress, self._index
+        assert phase is not None
+        self._index = index + 1
+        back = 0 if phase.trains else 1  # a validation state bears the numbers of the last training state
+        state = State(
+            phase=self.plan.phase,
+            trains=phase.trains,
+            epoch=max(progress.epoch - back, 0),
+            index=index,
+            iteration=max(progress.iteration - back, 0),
+            first=not index,
+            last=index + 1 == self._exact,
+            model=phase.model,
+            batch=batch,
+            plan=self.plan,
+            run=run,
+        )
+        if self._exact is None:
+            del state.last, state.round_last  # found out when they are asked for
+        elif state.last:
+            del state.round_last
+        return state
+
+    def is_last(self) -> bool:
+        """Whether the batch that was fetched last ends the pass; fetches one ahead if only that can tell."""
+        if self._exact is not None:
+            return self._index == self._exact
+        return self._index == self._most or not self._source.peek()
+
+    def is_round_last(self) -> bool:
+        """Whether the pass under way is the last one of its round."""
+        done, trains = self.progress, self.plan.trains
+        iteration = done.iteration + 1 if trains else done.iteration
+        return self.agenda.closes_round(self.place, done.epoch + trains, iteration)
+
+    def skip_failed(self) -> None:
+        """Go on behind the batch that could not be fetched."""
+        self._source.skip_failed()
+
+    def end(self, state: State) -> None:
+        """The pass is over with *state*: count it."""
+        round_last = state.round_last
+        if not (self.plan.trains and self._entry.batches is not None):
+            self._source.end()
+        self.phase = None
+        self.place.done += 1
+        self.progress.epoch += self.plan.trains
+        self.progress.round += round_last
+
+
+def _device(phase: Phase) -> torch.device | None:
+    """Where the phase's batches are moved to."""
+    if phase.device == "model":
+        return model_device(phase.model)
+    return None if phase.device is None else torch.device(phase.device)

@@ -1,0 +1,329 @@
+"""The user's handle on a training: a run is an iterator of states, with verbs for everything else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from . import checkpoints, stepping
+from .agenda import Agenda, agenda
+from .checks import whole_number
+from .cursor import Cursor, Failed
+from .pipeline import Middleware, check
+from .state import Progress, State
+
+
+class Run:
+    """An iterator over the states of a whole training. Made by `workflow`.
+
+    ``for state in run`` goes on where the run stands; after ``break``, an exception or Ctrl-C the next ``next(run)``
+    loses nothing and repeats nothing. A run is built at its first use: until then ``run | middleware`` makes a new
+    one. It has its own instances of the parts that were piped; what is piped is options.
+
+    Attributes:
+        progress: Counters of what is done so far; see `Progress`.
+        results: The newest mean of every metric, as in ``run.results["val/accuracy"]``.
+        history: A dictionary for every pass: phase, epoch, iteration, round, iterations, seconds and means.
+        best: What `checkpoint` found best so far, by metric: value, epoch, iteration and file.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> phase = lt.train(model, [torch.ones(4, 1)] * 3, lambda model, batch: model(batch).pow(2).mean())
+        >>> run = lt.workflow([(phase | lt.optimize(torch.optim.SGD(model.parameters(), lr=0.1)), 1)], max_epochs=2)
+        >>> next(run).iteration, [state.iteration for state in run.take(2)], len(run)
+        (0, [1, 2], 6)
+        >>> losses = run.to_end()
+        >>> run.ended
+        'finished: 2 epochs, 6 iterations'
+    """
+
+    def __init__(self, agenda: Agenda, middlewares: tuple[Middleware, ...] = ()) -> None:
+        self._agenda = agenda
+        self._middlewares = middlewares
+        self._cursor: Cursor | None = None
+        self._handed: State | None = None
+        self._optimizer: Any = None
+        self.progress = Progress()
+        self.results: dict[str, float] = {}
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, dict[str, Any]] = {}
+
+    def __or__(self, middleware: Middleware) -> Run:
+        if self._cursor is not None:
+            raise RuntimeError("run | middleware: this run is built already. Pipe first, or use run.replace(...).")
+        check(middleware, "run | middleware")
+        return Run(self._agenda, (*self._middlewares, middleware))
+
+    @property
+    def cursor(self) -> Cursor:
+        """The machine inside; asking for it builds the run."""
+        return self._cursor or self._build()
+
+    def _build(self) -> Cursor:
+        cursor = Cursor(self, self._agenda, self._middlewares, self.progress)
+        self._cursor = cursor
+        try:
+            checkpoints.require_owners(cursor)
+            self._optimizer = checkpoints.only(checkpoints.inventory(cursor).optimizers)
+            for slot in cursor.slots:
+                if hasattr(slot.part, "on_build"):
+                    slot.part.on_build(self)
+        except BaseException:
+            self._cursor = None
+            raise
+        return cursor
+
+    # Iterating
+
+    def __iter__(self) -> Run:
+        return self
+
+    def __next__(self) -> State:
+        cursor = self._cursor or self._build()
+        cursor.enter()
+        try:
+            self._handed = state = cursor.iterate()
+            return state
+        finally:
+            cursor.leave()
+
+    def __len__(self) -> int:
+        """States of the whole run.
+
+        Raises:
+            TypeError: If a source does not know its length.
+        """
+        return stepping.length(self.cursor)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def take(self, n: int) -> Iterator[State]:
+        """The next *n* states, or as many as there are."""
+        return itertools.islice(self, whole_number("take: n", n, 0))
+
+    def to_end(self) -> dict[str, float]:
+        """Run to the end, and return ``run.results``."""
+        for _ in self:
+            pass
+        return self.results
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Put the run to sleep: files are flushed, workers released. ``next(run)`` wakes it."""
+        if self._cursor is not None:
+            self._cursor.rest()
+
+    def close(self) -> None:
+        """End the run here, and close every part."""
+        if self._cursor is not None and not self.ended:
+            self._cursor.end("closed")
+
+    def reset(self) -> None:
+        """Start afresh at the next use: counters, parts' memory, results. Weights stay as they are."""
+        if self._cursor is not None:
+            self._cursor.rest()
+        self._cursor = self._handed = None
+        self.progress = Progress()
+        self.results, self.history, self.best = {}, [], {}
+
+    def extend(self, *, max_epochs: int | None = None, max_iterations: int | None = None) -> None:
+        """Move the end of the run, finished or not; schedules stretch to the new one."""
+        stepping.extend(self, max_epochs, max_iterations)
+
+    # Where it stands
+
+    @property
+    def state(self) -> State | None:
+        """The open iteration's state, or the one that was handed out last."""
+        open_state = None if self._cursor is None else self._cursor.state
+        return open_state or self._handed
+
+    @property
+    def seconds(self) -> float:
+        """Seconds at work until now."""
+        return self.cursor.seconds
+
+    @property
+    def began(self) -> tuple[float, float]:
+        """Seconds at work at which the iteration before this one began, and this one."""
+        return self.cursor.began_before, self.cursor.began
+
+    @property
+    def ended(self) -> str:
+        """Why the run is over; empty while it is not."""
+        return "" if self._cursor is None else self._cursor.ended
+
+    @property
+    def failed(self) -> Failed | None:
+        """The part that raised, its state and the exception; None once the run has gone on."""
+        return None if self._cursor is None else self._cursor.failed
+
+    @property
+    def model(self) -> Any:
+        """The model of the first training phase, or of the first phase."""
+        phases = sorted(self._agenda.phases, key=lambda phase: not phase.trains)
+        return phases[0].model
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer of the run; a dictionary by name of several, None if there is none."""
+        return self._optimizer
+
+    def __getitem__(self, name: str) -> Any:
+        """The part called *name*, as in ``run["train/clip_grad_norm"]``."""
+        return stepping.find_slot(self.cursor, name).part
+
+    def __repr__(self) -> str:
+        return stepping.describe(self._agenda, self._cursor)
+
+    # Stepping and surviving
+
+    def retry(self) -> State:
+        """Redo the open iteration from its batch, and return its state.
+
+        Raises:
+            RuntimeError: If it cannot be redone any more (the weights have moved); ``next(run)`` goes on then.
+        """
+        stepping.redo(self.cursor)
+        return next(self)
+
+    def skip(self) -> None:
+        """Drop the open iteration; ``next(run)`` goes on with the next batch."""
+        cursor = self.cursor
+        stepping.at_work(cursor, lambda: stepping.drop(cursor))
+
+    def stages(self) -> Iterator[tuple[str, State]]:
+        """Walk through one iteration, or the rest of the open one: yields (name, state) after each part."""
+        return stepping.stages(self.cursor)
+
+    def after(self, name: str) -> State:
+        """Go on until part *name* has seen a state, and return the state; ``next(run)`` completes it.
+
+        Raises:
+            LookupError: If there is no such part, several match, or the run ends first.
+        """
+        return stepping.after(self.cursor, name)
+
+    def before(self, name: str) -> State:
+        """Go on until part *name* comes next, and return the state; ``next(run)`` completes it.
+
+        Raises:
+            LookupError: As for `after`.
+        """
+        return stepping.before(self.cursor, name)
+
+    def replace(self, *what: Any) -> None:
+        """Swap a part or a step: ``run.replace("clip_grad_norm", part)``, or ``run.replace(classify)`` by its name.
+
+        Memory stays with the name.
+
+        Raises:
+            LookupError: If there is no such part.
+        """
+        stepping.replace(self.cursor, *what)
+
+    def explain(self) -> None:
+        """Print the resolved pipe: every part with its name and options, in the order in which they run."""
+        print(stepping.explain(self.cursor))
+
+    def rehearse(self, batches: int = 3) -> dict[str, float]:
+        """Run *batches* batches of every phase, logs and a checkpoint going to a temporary folder; put all back.
+
+        Returns:
+            The results of the rehearsal.
+        """
+        return stepping.rehearse(self, batches)
+
+    def resume(self, path: str | Path | None = None) -> Path | None:
+        """Go on from the newest sound checkpoint of *path*, by default that of the checkpoint part's own folder.
+
+        Returns:
+            The file, or None if there is none: a fresh start.
+
+        Raises:
+            RuntimeError: If the run has begun, or the checkpoint belongs to another pipe.
+        """
+        return checkpoints.resume(self, path)
+
+    # For parts
+
+    def stop(self, why: str) -> None:
+        """End the run at the next boundary."""
+        self.cursor.stop(why)
+
+    def at_boundary(self, action: Callable[[Run], Any]) -> None:
+        """Have *action* done once all parts are through with this iteration, before its state is handed out."""
+        self.cursor.at_boundary.append(action)
+
+    def record(self, state: State, means: dict[str, float]) -> None:
+        """Take in the means of the pass that *state* ends."""
+        self.results.update({f"{state.phase}/{key}": value for key, value in means.items()})
+        facts = {"phase": state.phase, "epoch": state.epoch, "iteration": state.iteration}
+        cursor = self.cursor
+        seconds = round(cursor.seconds - cursor.passes.began, 3)
+        facts |= {"round": cursor.progress.round, "iterations": state.index + 1, "seconds": seconds}
+        self.history.append({**facts, **means})
+
+    def total(self, by: str, optimizer: Optimizer | None = None) -> int | None:
+        """How many updates (of *optimizer*), iterations or epochs the whole run has; None if that cannot be known."""
+        return stepping.total(self.cursor, by, optimizer)
+
+    def is_last(self, state: State) -> bool:
+        """What ``state.last`` asks."""
+        return self.cursor.is_last(state)
+
+    def is_round_last(self, state: State) -> bool:
+        """What ``state.round_last`` asks."""
+        return self.cursor.passes.is_round_last()
+
+    def require_folder(self, folder: Path, part: str) -> None:
+        """Make *folder*, and refuse one that cannot be written to."""
+        checkpoints.require_folder(folder, part)
+
+    def require_own(self, folder: Path) -> None:
+        """Refuse a *folder* with checkpoints that this run was not resumed from."""
+        checkpoints.require_own(folder, self.cursor.resumed_from)
+
+    def save(self, folder: Path, **options: Any) -> Path:
+        """Write a checkpoint; for `checkpoint`, at a boundary."""
+        return checkpoints.save(self, folder, **options)
+
+
+def workflow(
+    entries: Iterable[Any],
+    *,
+    max_epochs: int | None = None,
+    max_iterations: int | None = None,
+    max_rounds: int | None = None,
+) -> Run:
+    """Make a run that walks through *entries* again and again, until training is done.
+
+    Training stops at exactly the given bound, even inside an entry; the rest of that round still runs.
+
+    Args:
+        entries: Pairs ``(phase, n)``: n passes of the phase, or with ``lt.iterations(n)`` one pass of n batches,
+            for which the source begins again as often as needed. A training source goes on in the next such pass
+            where it stood, a validation source begins anew. A pair ``(function, n)`` calls ``function(run)``.
+        max_epochs: Training passes of the whole run.
+        max_iterations: Training iterations of the whole run.
+        max_rounds: Walks through the entries.
+
+    Raises:
+        ValueError: If the run could never end, or a source is empty.
+        TypeError: If an entry is not such a pair.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> step = lambda model, batch: model(batch).mean()
+        >>> train, val = lt.train(model, [torch.ones(1, 1)] * 2, step), lt.validate(model, [torch.ones(1, 1)], step)
+        >>> [f"{state.phase} {state.epoch}" for state in lt.workflow([(train, 1), (val, 1)], max_epochs=2)]
+        ['train 0', 'train 0', 'val 0', 'train 1', 'train 1', 'val 1']
+    """
+    return Run(agenda(entries, max_epochs, max_iterations, max_rounds))

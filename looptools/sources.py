@@ -1,0 +1,243 @@
+"""Where batches come from: an object, not a generator, so that its place survives every exception."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from .devices import move
+from .generators import get_generators, set_generators
+from .interrupts import IgnoreInterrupts
+
+END: Any = object()  # what fetch gives when the source is exhausted
+_NOTHING: Any = object()
+
+
+def trusted_len(source: Any) -> int | None:
+    """How many batches *source* gives a pass, where its ``len`` can be believed.
+
+    That of a DataLoader over an IterableDataset cannot: it is the data set's own guess.
+    """
+    if isinstance(source, DataLoader) and isinstance(source.dataset, IterableDataset):
+        return None
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+class Source:
+    """Walks through a phase's data, as often as it is asked to.
+
+    Args:
+        given: An iterable of batches, or a function without arguments that is called for each walk.
+        name: The phase's name, for errors.
+        limit: Batches after which a walk ends early.
+        non_blocking: Whether tensors are moved without waiting.
+    """
+
+    def __init__(self, given: Any, name: str, limit: int | None = None, non_blocking: bool = False) -> None:
+        self.given = given
+        self.name = name
+        self.limit = limit
+        self.non_blocking = non_blocking
+        self.device: torch.device | None = None  # where batches are moved to
+        self.begun = 0  # walks begun so far
+        self.taken = 0  # batches taken of the walk that goes on
+        self._iterator: Iterator[Any] | None = None
+        self._ahead: Any = _NOTHING
+        self._at_start: dict[str, Any] | None = None  # the random generators before the walk began
+        self._failed = False
+        whole = None if self._makes_its_own else trusted_len(given)
+        self.length = limit if whole is not None and limit is not None and limit < whole else whole
+        if self.length == 0:
+            raise ValueError(f"{name}: its source is empty (len 0). Is the data set smaller than one batch?")
+
+    @property
+    def _makes_its_own(self) -> bool:
+        return callable(self.given) and not hasattr(self.given, "__iter__")
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a walk has begun and has not been seen to end."""
+        return self._iterator is not None or self._failed
+
+    def begin(self) -> None:
+        """Start a walk from the first batch.
+
+        Raises:
+            RuntimeError: If the source can be walked through only once, and was.
+        """
+        self._at_start = {"process": get_generators(), "own": self.own_generators()}
+        self._iterator = self._iterate(self.begun)
+        self.begun += 1
+        self.taken = 0
+        self._ahead = _NOTHING
+        self._failed = False
+
+    def _iterate(self, walk: int) -> Iterator[Any]:
+        iterable: Iterable[Any] = self.given() if self._makes_its_own else self.given
+        if not hasattr(iterable, "__iter__"):
+            raise TypeError(f"{self.name}: its source must be an iterable of batches, got {iterable!r}.")
+        for sampler in _samplers(iterable):
+            sampler.set_epoch(walk)
+        if isinstance(iterable, DataLoader) and iterable.num_workers > 0:
+            then = iterable.worker_init_fn
+            iterable.worker_init_fn = IgnoreInterrupts(then)
+            try:
+                return iter(iterable)
+            finally:
+                iterable.worker_init_fn = then
+        iterator = iter(iterable)
+        if iterator is iterable and walk > 0 and not self._makes_its_own:
+            kind = type(iterable).__name__
+            raise RuntimeError(
+                f"{self.name}: its source is a {kind}, which is spent after one pass. "
+                "Give a function that makes it anew (lambda: ...), or a list."
+            )
+        return iterator
+
+    def fetch(self) -> Any:
+        """The next batch, moved to its device; `END` if the walk is over."""
+        batch = self._next() if self._ahead is _NOTHING else self._ahead
+        self._ahead = _NOTHING
+        if batch is END:
+            self._iterator = None
+            return END
+        self.taken += 1
+        return batch if self.device is None else move(batch, self.device, self.non_blocking)
+
+    def peek(self) -> bool:
+        """Whether another batch comes; fetches it if need be."""
+        if self._ahead is _NOTHING:
+            self._ahead = self._next()
+        return self._ahead is not END
+
+    def _next(self) -> Any:
+        if self._failed:
+            self.replay()
+        if self._iterator is None or (self.limit is not None and self.taken >= self.limit):
+            return END
+        grad = torch.is_grad_enabled()
+        inference = torch.is_inference_mode_enabled()
+        try:
+            batch = next(self._iterator, END)
+        except BaseException:
+            self._failed = True
+            raise
+        if self.length is not None and (batch is END) is (self.taken < self.length):
+            self._refuse_length()
+        if torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference:
+            torch.set_grad_enabled(grad)
+            raise RuntimeError(
+                f"{self.name}: its source left gradients switched {'off' if grad else 'on'}. "
+                "Move its yield out of the `with torch.no_grad():` block; only the work goes inside."
+            )
+        return batch
+
+    def _refuse_length(self) -> None:
+        if self.taken < (self.length or 0):
+            raise RuntimeError(
+                f"{self.name}: its source has len {self.length}, but ended after {self.taken} batches. Schedules and "
+                "progress count on that number: mend __len__, or hide it with a function (lambda: iter(source))."
+            )
+        raise RuntimeError(f"{self.name}: its source has len {self.length}, but gives more batches than that.")
+
+    def replay(self) -> None:
+        """Walk again to where the walk stood: the same order, and the batch that comes next is the same.
+
+        Batches that were taken are made once more and thrown away. The process's generators end up as they are now.
+
+        Raises:
+            RuntimeError: If the source can be walked through only once.
+        """
+        now, taken, start = get_generators(), self.taken, self._at_start
+        if start is None:
+            return
+        if isinstance(self._iterator, types.GeneratorType) and self._iterator is self.given:
+            raise RuntimeError(
+                f"{self.name}: its source is a generator, and the exception ended it. Give a function that makes it "
+                "anew (lambda: ...), and its place can be found again."
+            )
+        set_generators(start["process"])
+        self.set_own_generators(start["own"])
+        self._iterator = self._iterate(self.begun - 1)
+        for _ in range(taken):
+            try:
+                if next(self._iterator, END) is END:
+                    raise RuntimeError(f"{self.name}: its source gave fewer batches than before; it had given {taken}.")
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except Exception:  # a batch that failed and was skipped fails again
+                if isinstance(self._iterator, types.GeneratorType):
+                    raise
+        self._failed = False
+        self._ahead = _NOTHING
+        set_generators(now)
+
+    def skip_failed(self) -> None:
+        """Count the batch that could not be fetched as taken."""
+        if self._failed and isinstance(self._iterator, types.GeneratorType):
+            raise RuntimeError(
+                f"{self.name}: its source is a generator, and the exception ended it; there is nothing to go on with."
+            )
+        self._failed = False
+        self.taken += 1
+
+    def end(self) -> None:
+        """Leave the walk where it is; the next pass begins anew. A fully taken loader is asked once more.
+
+        A plain ``for`` asks too, and a loader with workers winds up then.
+
+        Raises:
+            RuntimeError: If the source gives more than its ``len`` says.
+        """
+        full = self.limit is None and self.length is not None and self.taken == self.length
+        if full and self._iterator is not None and self._ahead is _NOTHING:
+            self._next()
+        self._iterator = None
+        self._ahead = _NOTHING
+
+    def release(self) -> None:
+        """Let workers go; the next fetch finds the place again."""
+        if isinstance(self.given, DataLoader) and self.given.num_workers > 0 and self._iterator is not None:
+            self._iterator = None
+            self._failed = True
+
+    def own_generators(self) -> list[torch.Tensor]:
+        """State of the generators that a loader draws its order from, if it has its own."""
+        return [generator.get_state() for generator in _generators_of(self.given)]
+
+    def set_own_generators(self, states: list[torch.Tensor]) -> None:
+        """Put back what `own_generators` gave."""
+        for generator, state in zip(_generators_of(self.given), states, strict=True):
+            generator.set_state(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its place: walks begun, batches taken, and the generators as they were when the walk began."""
+        start = self._at_start if self.under_way or self._failed else None
+        return {"begun": self.begun, "taken": self.taken if start else 0, "at_start": start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where `state_dict` was taken. The walk is gone through again at the next fetch."""
+        self.begun, self.taken, self._at_start = state["begun"], state["taken"], state["at_start"]
+        self._iterator, self._ahead = None, _NOTHING
+        self._failed = self._at_start is not None
+
+
+def _samplers(loader: Any) -> list[Any]:
+    """The samplers of a loader that want to know the number of the walk."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    candidates = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    unique = {id(sampler): sampler for sampler in candidates if hasattr(sampler, "set_epoch")}
+    return list(unique.values())
+
+
+def _generators_of(loader: Any) -> list[torch.Generator]:
+    sampler = getattr(loader, "sampler", None)
+    found = [getattr(loader, "generator", None), getattr(sampler, "generator", None)]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]

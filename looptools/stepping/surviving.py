@@ -1,0 +1,53 @@
+"""After a failure, or in the middle of an iteration: redo it, or drop it."""
+
+from __future__ import annotations
+
+from ..cursor import Cursor
+
+
+def redo(cursor: Cursor) -> None:
+    """Take the open iteration back to its batch.
+
+    Raises:
+        RuntimeError: If no iteration is open, or it cannot be redone any more.
+    """
+    state = cursor.state
+    if state is None:
+        why = "its batch could not be fetched" if cursor.failed is not None else "no iteration is open"
+        raise RuntimeError(f"retry: {why}. next(run) goes on.")
+    if state.committed or cursor.at >= len(cursor.line):
+        why = state.committed or "it is finished"
+        raise RuntimeError(f"retry: this iteration cannot be redone: {why}. next(run) goes on where it stopped.")
+    cursor.failed = None
+    cursor.at = 0
+    state.outputs = state.loss = state.grad_norm = state.lr = None
+    state.updates = False
+    state.metrics.clear()
+
+
+def drop(cursor: Cursor) -> None:
+    """Drop the open iteration, or the batch that could not be fetched; the last of a pass still ends it.
+
+    If what failed was to be done at the boundary of a complete iteration, that is dropped, and the next
+    ``next(run)`` hands the iteration out.
+
+    Raises:
+        RuntimeError: If there is nothing to drop.
+    """
+    failed, cursor.failed = cursor.failed, None
+    if failed is not None and failed.part.endswith("/batches") and cursor.passes.phase is not None:
+        cursor.passes.skip_failed()
+        return
+    state = cursor.state
+    if state is None:
+        raise RuntimeError("skip: no iteration is open; next(run) goes on.")
+    if cursor.at >= len(cursor.line):
+        cursor.at_boundary.clear()
+        cursor.finish()
+        cursor.unseen = state
+        return
+    state.dropped = True
+    if state.last:
+        cursor.at = max(cursor.at + 1, cursor.closing_part())
+        cursor.advance()
+    cursor.finish()

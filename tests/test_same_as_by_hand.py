@@ -1,0 +1,168 @@
+"""The first promise: a pipe gives the same bits as the plain PyTorch loop, however it is iterated."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from loops import Case, Planted, Trips, assert_same, by_hand, piped
+
+import looptools as lt
+
+CASES = [
+    Case(),
+    Case(optimizer="AdamW"),
+    Case(max_norm=0.5),
+    Case(optimizer="AdamW", max_norm=0.5, accumulate=3, cosine=True),  # 7 batches: windows of 3, 3 and a tail of 1
+    Case(accumulate=4, cosine=True),
+    Case(cosine=True, max_norm=1.0),
+    Case(optimizer="AdamW", cosine=True, workers=2),
+]
+HARD = CASES[3]
+PARTS = ["train/forward", "train/schedule_lr", "train/backward", "train/clip_grad_norm", "train/update"]
+PARTS += ["train/average", "val/forward", "val/average", "run/log"]
+
+
+def weights(run: lt.Run) -> dict:
+    return run.model.state_dict()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_in_one_go(case):
+    """Weights and buffers after `for state in run` are those of the loop by hand."""
+    run = piped(case)
+
+    for _ in run:
+        pass
+
+    assert_same(weights(run), by_hand(case))
+    assert run.progress.iteration == 14
+
+
+@pytest.mark.parametrize("case", [CASES[0], HARD, CASES[6]], ids=str)
+def test_after_breaks(case):
+    """Leaving the loop and coming back loses nothing and repeats nothing."""
+    run = piped(case)
+
+    while not run.ended:
+        for number, _ in enumerate(run):
+            if number == 2:
+                break
+
+    assert_same(weights(run), by_hand(case))
+
+
+def test_across_take():
+    """`take` stops between two iterations, at any of them."""
+    run = piped(HARD)
+
+    for n in itertools.cycle([1, 5, 2]):
+        if len(list(run.take(n))) < n:
+            break
+
+    assert_same(weights(run), by_hand(HARD))
+
+
+@pytest.mark.parametrize("case", [CASES[0], HARD], ids=str)
+def test_every_iteration_through_stages(case):
+    """Walking through all parts of all iterations gives the same bits."""
+    run = piped(case)
+
+    while not run.ended:
+        for _ in run.stages():
+            pass
+
+    assert_same(weights(run), by_hand(case))
+
+
+def test_stages_left_anywhere_and_completed_by_next():
+    """An iteration that was begun part by part is completed by `next(run)`, wherever it was left."""
+    run = piped(HARD)
+
+    for n in itertools.cycle(range(1, 9)):
+        for _ in itertools.islice(run.stages(), n):
+            pass
+        if next(run, None) is None:
+            break
+
+    assert_same(weights(run), by_hand(HARD))
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("case", [Case(cosine=True, max_norm=0.5), HARD], ids=["every-batch", "accumulated"])
+def test_after_an_exception_at_the_entry_of_a_part(case, name):
+    """An exception on the way into any part, at any iteration, changes no bit of what follows.
+
+    BatchNorm's buffers are left out: a forward that is redone moves them twice, until there are snapshots.
+    """
+    run = piped(case) | lt.log(line=None)
+    part = next(slot for slot in run.cursor.slots if slot.name == name)
+    part.part = Trips(part.part, at=lambda state: True)
+    failures = 0
+
+    while not run.ended:
+        try:
+            run.to_end()
+        except Planted:
+            failures += 1
+            assert run.failed.part == name
+
+    assert failures == (14 if name.startswith("train") else 14 if name.startswith("val") else 28)
+    assert run.progress.iteration == 14
+    buffers = ["running_mean", "running_var", "num_batches_tracked"]
+    assert_same(weights(run), by_hand(case), but=buffers if name == "train/backward" else [])
+
+
+def test_a_step_that_raises_is_redone_with_the_same_dropout():
+    """A step that fails after the model has run draws the same numbers again: weights are the same, buffers are not."""
+    failed = set()
+
+    def fragile(model, batch, state):
+        from loops import classify
+
+        result = classify(model, batch)
+        if state.trains and state.iteration not in failed:
+            failed.add(state.iteration)
+            raise Planted
+        return result
+
+    run = piped(HARD, fragile)
+    while not run.ended:
+        try:
+            run.to_end()
+        except Planted:
+            pass
+
+    assert len(failed) == 14
+    assert_same(weights(run), by_hand(HARD), but=["running_mean", "running_var", "num_batches_tracked"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_source_of_unknown_length(accumulate):
+    """Without a length the bits are the same; a short last window is scaled up, which costs its last digits."""
+    case = Case(max_norm=0.5, accumulate=accumulate, length_known=False)
+    run = piped(case)
+
+    run.to_end()
+
+    expected, got = by_hand(case), weights(run)
+    if accumulate == 1:
+        assert_same(got, expected)
+    else:
+        for key in expected:
+            torch.testing.assert_close(got[key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_the_averages_are_those_of_the_whole_pass():
+    """`results` are means weighted by the size of the batches: the last one has 2 samples, not 4."""
+    run = piped(Case(epochs=1))
+    rows = {"train": [], "val": []}
+
+    for state in run:
+        rows[state.phase].append((float(state.metrics["loss"]), len(state.batch[0])))
+
+    for phase, values in rows.items():
+        mean = sum(loss * n for loss, n in values) / sum(n for _, n in values)
+        assert run.results[f"{phase}/loss"] == pytest.approx(mean, rel=1e-12)
+        assert [n for _, n in values] == [4] * 6 + [2]
