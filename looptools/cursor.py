@@ -100,7 +100,7 @@ class Cursor:
             raise RuntimeError("run: it is at work already, within this iteration or in another thread.")
         if get_ident() == MAIN:
             if getsignal(signal.SIGINT) is not interrupts.handler:
-                interrupts.install(self.run)
+                interrupts.install()
             interrupts.at_work += 1
         self._working = True
         self._entered = perf_counter() - self.progress.seconds
@@ -141,14 +141,12 @@ class Cursor:
                 self.unseen = None  # whoever handled it lets the run go on
             if not state.dropped:
                 return state
+        self.conclude()
         raise StopIteration
 
     def begin(self) -> bool:
-        """Fetch a batch and open its iteration; False at the end of the run."""
-        if self.ended:
-            return False
-        if self.stopping:
-            self.end(self.stopping)
+        """Fetch a batch and open its iteration; False at the end of the run, which `conclude` then closes."""
+        if self.ended or self.stopping:
             return False
         if self.passes.phase is None and not self._open_pass():
             return False
@@ -221,9 +219,13 @@ class Cursor:
             except BaseException as error:
                 self._fail(f"{phase.name}/batches" if isinstance(phase, Phase) else f"workflow/{name_of(phase)}", error)
                 raise
-        epochs = "1 epoch" if self.progress.epoch == 1 else f"{self.progress.epoch} epochs"
-        self.end(self.stopping or f"finished: {epochs}, {self.progress.iteration} iterations")
         return False
+
+    def conclude(self) -> None:
+        """There is no further iteration: end the run, if it has not ended yet."""
+        if not self.ended:
+            epochs = "1 epoch" if self.progress.epoch == 1 else f"{self.progress.epoch} epochs"
+            self.end(self.stopping or f"finished: {epochs}, {self.progress.iteration} iterations")
 
     def is_last(self, state: State) -> bool:
         """What ``state.last`` asks."""
@@ -349,5 +351,8 @@ class Cursor:
                 close()
             except BaseException as error:
                 errors.append(error)
-        interrupts.release(self.run)
+        try:
+            interrupts.release(self._working)
+        except KeyboardInterrupt as error:
+            errors.append(error)
         raise_all(errors)

@@ -1,16 +1,17 @@
 """Ctrl-C: while a run is at work, the first one waits for the iteration's end, the second one does not.
 
-There is one handler for all runs of the process. It is set in the main thread only, and put back when no
-run is awake; while no run is at work, it does what the handler before it did.
+There is one handler for all runs of the process. It is set in the main thread only, and put back when a
+run ends, sleeps or closes; while no run is at work, it does what the handler before it did.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from _signal import getsignal  # type: ignore[import-not-found]  # C; the wrapper in signal makes 7 calls of it
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -28,17 +29,14 @@ class Interrupts:
         self.at_work = 0  # counted by the cursor, for every call
         self.pending = False
         self._before: Any = None
-        self._awake: set[int] = set()
         self._process = os.getpid()
 
-    def install(self, run: object) -> None:
-        """Set the handler, since *run* begins to work and it does not stand. In the main thread only."""
+    def install(self) -> None:
+        """Set the handler, since a run begins to work and it does not stand. In the main thread only."""
         standing = getsignal(signal.SIGINT)
-        if standing is None or standing == signal.SIG_IGN:  # set by C code, or Ctrl-C is not wanted at all
-            return
-        self._awake.add(id(run))
-        self._before = standing
-        signal.signal(signal.SIGINT, self.handler)
+        if standing is not None and standing != signal.SIG_IGN:  # set by C code, or Ctrl-C is not wanted at all
+            self._before = standing
+            signal.signal(signal.SIGINT, self.handler)
 
     def deliver(self) -> None:
         """At an iteration's boundary: do now what the Ctrl-C that waited asked for.
@@ -50,11 +48,19 @@ class Interrupts:
             self.pending = False
             self._as_before(signal.SIGINT, None)
 
-    def release(self, run: object) -> None:
-        """*run* ends, sleeps or closes; the last one puts the handler before it back."""
-        self._awake.discard(id(run))
-        if not self._awake and get_ident() == MAIN and getsignal(signal.SIGINT) is self.handler:
-            signal.signal(signal.SIGINT, self._before)
+    def release(self, working: bool) -> None:
+        """A run ends, sleeps or closes: put the handler before it back, unless another run is around this one.
+
+        A run that stands still somewhere else sets it again when it goes on.
+
+        Args:
+            working: Whether the run is within a call of its own.
+        """
+        if get_ident() != MAIN or self.at_work > working or getsignal(signal.SIGINT) is not self.handler:
+            return
+        signal.signal(signal.SIGINT, self._before)
+        if self.pending:
+            self.deliver()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that was forked while a run was at work
@@ -77,9 +83,30 @@ class Interrupts:
 interrupts = Interrupts()
 
 
+@contextlib.contextmanager
+def deaf_workers(loader: Any) -> Iterator[None]:
+    """Processes that *loader* starts in here do not hear Ctrl-C, which goes to the whole process group.
+
+    A blocked signal stays blocked in a child, however it is started; in this process it waits. Windows has no
+    such mask: there the workers are told to ignore it when they have started.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        then, loader.worker_init_fn = loader.worker_init_fn, _Ignore(loader.worker_init_fn)
+        try:
+            yield
+        finally:
+            loader.worker_init_fn = then
+
+
 @attrs.frozen(eq=False)
-class IgnoreInterrupts:
-    """A DataLoader's ``worker_init_fn`` that makes workers deaf to Ctrl-C, which goes to the whole process group."""
+class _Ignore:
+    """A ``worker_init_fn`` that can be sent to a process: ignore Ctrl-C, then do what the user's own does."""
 
     then: Callable[[int], None] | None
 

@@ -28,46 +28,50 @@ class Means:
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
-        self._entries: deque[tuple[Mapping[str, Any], float]] = deque(maxlen=window)
+        self.entries: deque[tuple[Mapping[str, Any], float]] = deque(maxlen=window)
         self._sums: dict[str, Any] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, values: Mapping[str, Any], weight: float) -> None:
-        """Take in one entry; tensors must have shape ``()`` and no graph."""
-        self._entries.append((values, weight))
-        if self.window is None and len(self._entries) >= FOLD_AT:
-            self._fold()
+        """Take in one entry; tensors must have shape ``()`` and no graph.
+
+        The same may be done by ``entries.append((values, weight))``, if `fold` is called at `FOLD_AT` entries.
+        """
+        self.entries.append((values, weight))
+        if len(self.entries) >= FOLD_AT:
+            self.fold()
 
     def read(self, also: Mapping[str, Any] | None = None) -> dict[str, float]:
         """The means as floats, and with them the scalars of *also*. Waits for each device once."""
         if self.window is None:
-            self._fold()
+            self.fold()
             sums, weights = self._sums, self._weights
         else:
             sums, weights = {}, {}
-            _gather(self._entries, sums, weights)
+            _gather(self.entries, sums, weights)
         means = {key: sums[key] / weights[key] for key in sums if weights[key]}
         return read({**means, **(also or {})})
 
     def clear(self) -> None:
         """Forget everything."""
-        self._entries.clear()
+        self.entries.clear()
         self._sums, self._weights = {}, {}
 
-    def _fold(self) -> None:
-        _gather(self._entries, self._sums, self._weights)
-        self._entries.clear()
+    def fold(self) -> None:
+        """Add the entries up, so that they need no room; those of a window stay."""
+        if self.window is None:
+            _gather(self.entries, self._sums, self._weights)
+            self.entries.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything collected, in plain values and tensors."""
-        if self.window is None:
-            self._fold()
-        entries = [[dict(values), weight] for values, weight in self._entries]
+        self.fold()
+        entries = [[dict(values), weight] for values, weight in self.entries]
         return {"entries": entries, "sums": dict(self._sums), "weights": dict(self._weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self._entries = deque(((values, weight) for values, weight in state["entries"]), maxlen=self.window)
+        self.entries = deque(((values, weight) for values, weight in state["entries"]), maxlen=self.window)
         self._sums, self._weights = dict(state["sums"]), dict(state["weights"])
 
 

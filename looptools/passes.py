@@ -70,13 +70,17 @@ class Passes:
         )
         self.phase, self._entry, self._source, self._index, self.began = phase, entry, source, 0, seconds
 
-    def fetch(self, run: Any) -> State:
-        """Fetch the next batch of the pass, and make its state.
+    def fetch(self, run: Any, *, skip: bool = False) -> State:
+        """Fetch the next batch of the pass, and make its state; *skip* passes over one that could not be fetched.
 
         Raises:
             RuntimeError: If the source has none.
         """
-        batch = self._source.fetch()
+        batch = None
+        if skip:
+            self._source.skip_failed()
+        else:
+            batch = self._source.fetch()
         if batch is END and self._entry.batches is not None:  # such a pass begins its source again and again
             self._source.begin()
             batch = self._source.fetch()

@@ -161,6 +161,11 @@ class Run:
         return "" if self._cursor is None else self._cursor.ended
 
     @property
+    def resumed(self) -> bool:
+        """Whether it goes on from a checkpoint."""
+        return self._cursor is not None and self._cursor.resumed_from is not None
+
+    @property
     def failed(self) -> Failed | None:
         """The part that raised, its state and the exception; None once the run has gone on."""
         return None if self._cursor is None else self._cursor.failed

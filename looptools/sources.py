@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .devices import move
 from .generators import get_generators, set_generators
-from .interrupts import IgnoreInterrupts
+from .interrupts import deaf_workers
 
 END: Any = object()  # what fetch gives when the source is exhausted
 _NOTHING: Any = object()
@@ -86,12 +86,8 @@ class Source:
         for sampler in _samplers(iterable):
             sampler.set_epoch(walk)
         if isinstance(iterable, DataLoader) and iterable.num_workers > 0:
-            then = iterable.worker_init_fn
-            iterable.worker_init_fn = IgnoreInterrupts(then)
-            try:
+            with deaf_workers(iterable):
                 return iter(iterable)
-            finally:
-                iterable.worker_init_fn = then
         iterator = iter(iterable)
         if iterator is iterable and walk > 0 and not self._makes_its_own:
             kind = type(iterable).__name__
@@ -103,24 +99,14 @@ class Source:
 
     def fetch(self) -> Any:
         """The next batch, moved to its device; `END` if the walk is over."""
-        batch = self._next() if self._ahead is _NOTHING else self._ahead
-        self._ahead = _NOTHING
-        if batch is END:
-            self._iterator = None
-            return END
-        self.taken += 1
-        return batch if self.device is None else move(batch, self.device, self.non_blocking)
-
-    def peek(self) -> bool:
-        """Whether another batch comes; fetches it if need be."""
-        if self._ahead is _NOTHING:
-            self._ahead = self._next()
-        return self._ahead is not END
-
-    def _next(self) -> Any:
+        if self._ahead is not _NOTHING:
+            batch, self._ahead = self._ahead, _NOTHING
+            self.taken += batch is not END
+            return batch
         if self._failed:
             self.replay()
         if self._iterator is None or (self.limit is not None and self.taken >= self.limit):
+            self._iterator = None
             return END
         grad = torch.is_grad_enabled()
         inference = torch.is_inference_mode_enabled()
@@ -137,7 +123,19 @@ class Source:
                 f"{self.name}: its source left gradients switched {'off' if grad else 'on'}. "
                 "Move its yield out of the `with torch.no_grad():` block; only the work goes inside."
             )
-        return batch
+        if batch is END:
+            self._iterator = None
+            return END
+        self.taken += 1
+        return batch if self.device is None else move(batch, self.device, self.non_blocking)
+
+    def peek(self) -> bool:
+        """Whether another batch comes; fetches it if need be."""
+        if self._ahead is _NOTHING:
+            batch = self.fetch()
+            self.taken -= batch is not END
+            self._ahead = batch
+        return self._ahead is not END
 
     def _refuse_length(self) -> None:
         if self.taken < (self.length or 0):
@@ -198,7 +196,7 @@ class Source:
         """
         full = self.limit is None and self.length is not None and self.taken == self.length
         if full and self._iterator is not None and self._ahead is _NOTHING:
-            self._next()
+            self.fetch()
         self._iterator = None
         self._ahead = _NOTHING
 

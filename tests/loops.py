@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import attrs
 import torch
@@ -126,3 +128,26 @@ class Trips:
                 self.tripped.add(key)
                 raise Planted(f"at {key}")
             yield state
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__", "__index__", "__format__", "__repr__")
+
+
+@contextlib.contextmanager
+def device_reads() -> Iterator[list[str]]:
+    """Collects the names of the methods by which tensors become numbers; on a GPU each waits for the device."""
+    reads: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(Tensor, name)
+
+        def method(self: Tensor, *args: Any, **options: Any) -> Any:
+            reads.append(name)
+            return original(self, *args, **options)
+
+        return method
+
+    with contextlib.ExitStack() as stack:
+        for name in READS:
+            stack.enter_context(mock.patch.object(Tensor, name, counted(name)))
+        yield reads

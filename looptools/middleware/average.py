@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import attrs
 
 from ..checks import whole
-from ..means import Means
+from ..means import FOLD_AT, Means
 from ..state import State
 
 
@@ -39,13 +39,16 @@ class average:
         self.means = Means(self.window)
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
+        means = self.means
         for state in states:
             last = state.last  # may fetch a batch, and fail: so before anything is counted
             if state.first:
-                self.means.clear()
+                means.clear()
             if not state.dropped:
-                self.means.add(state.metrics, state.num_samples)
+                means.entries.append((state.metrics, state.num_samples))
+                if len(means.entries) >= FOLD_AT:
+                    means.fold()
                 state.committed = state.committed or "average has counted it"
             if last and state.run is not None:
-                state.run.record(state, self.means.read())
+                state.run.record(state, means.read())
             yield state

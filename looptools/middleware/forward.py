@@ -22,7 +22,7 @@ Call = Callable[[State], Any]
 
 def _dtype(value: Any) -> torch.dtype | None:
     """Read an option ``autocast=``: a dtype, its name, or None."""
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    dtype = getattr(torch, value, value) if isinstance(value, str) else value
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f'forward: autocast must be a dtype such as torch.bfloat16 or "bfloat16", got {value!r}.')
     return dtype
@@ -92,8 +92,12 @@ class forward:
             elif state.trains:
                 result = self._call(state) if call else self.step(model, state.batch)  # type: ignore[misc]
             else:
-                with torch.set_grad_enabled(False):
+                grad = torch.is_grad_enabled()
+                torch.set_grad_enabled(False)  # no `with`: a context manager costs two calls more
+                try:
                     result = self._call(state) if call else self.step(model, state.batch)  # type: ignore[misc]
+                finally:
+                    torch.set_grad_enabled(grad)
             self._take(state, result)
             yield state
 
@@ -141,8 +145,12 @@ class forward:
             )
         state.outputs, state.loss = outputs, loss
         number = outputs.get("num_samples")
-        state.num_samples = count_samples(state.batch) if number is None else number
-        if not isinstance(state.num_samples, int):
+        if number is None:
+            batch = state.batch
+            plain = type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor) and batch[0].ndim
+            number = batch[0].shape[0] if plain else count_samples(batch)
+        state.num_samples = number
+        if not isinstance(number, int):
             raise TypeError(
                 f"forward: num_samples must be an int, got {number!r} in iteration {state.iteration} of {state.phase}. "
                 "A batch's size is len(batch) or batch.shape[0]."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ..intervals import Interval, interval
-from ..means import Means
+from ..means import FOLD_AT, Means
 from ..sinks import Bar, JsonLines, Lines, Sink, TensorBoard
 from ..state import State
 
@@ -77,6 +77,7 @@ class log:
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         due: Any = self.every
+        since = self.since
         for state in states:
             if not state.replayed:
                 if state.first:
@@ -84,12 +85,14 @@ class log:
                 if state.trains and not state.dropped:
                     norm = state.grad_norm
                     values = state.metrics if norm is None else {**state.metrics, "grad_norm": norm}
-                    self.since.add(values, state.num_samples)
+                    since.entries.append((values, state.num_samples))
+                    if len(since.entries) >= FOLD_AT:
+                        since.fold()
                 if self._bar is not None:
                     self._bar.advance(state)
                 if due(state):
-                    self._write("iterations", state, self.since.read({} if state.lr is None else {"lr": state.lr}))
-                    self.since.clear()
+                    self._write("iterations", state, since.read({} if state.lr is None else {"lr": state.lr}))
+                    since.clear()
                 if state.last and state.run is not None:
                     prefix = f"{state.phase}/"
                     results = state.run.results.items()

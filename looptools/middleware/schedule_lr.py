@@ -51,7 +51,8 @@ def _fits(part: schedule_lr, field: object, value: Any) -> None:
 class schedule_lr:
     """Set the learning rate of every param group, each from its own base value, before the optimizer moves.
 
-    A group's base value is its ``"initial_lr"`` if it has one, as with torch's schedulers, else its ``"lr"``.
+    A group's base value is its ``"initial_lr"`` if it has one, as with torch's schedulers, else its ``"lr"``. What was
+    written last stands in its ``"scheduled_lr"``, so that several phases can schedule one optimizer.
     A learning rate changed by hand rescales all that follows, which is said once; where the value in force was 0,
     the hand's value holds for that iteration. Sets ``state.lr`` to the first group's.
 
@@ -83,15 +84,13 @@ class schedule_lr:
     by: Literal["update", "iteration", "epoch"] = attrs.field(
         default="update", kw_only=True, validator=one_of("update", "iteration", "epoch")
     )
-    bases: list[float] = attrs.field(factory=list, init=False, repr=False)
-    scales: list[float] = attrs.field(factory=list, init=False, repr=False)  # what hands have made of them
-    written: list[float] = attrs.field(factory=list, init=False, repr=False)
     stepped: int = attrs.field(default=0, init=False, repr=False)  # of a torch scheduler
     _total: int | None = attrs.field(default=None, init=False, repr=False)
+    _ready: bool = attrs.field(default=False, init=False, repr=False)
 
     def on_build(self, run: Run) -> None:
         """See that the run's length is known, if the schedule asks for it."""
-        self._total = run.total(self.by, self.optimizer)
+        self._total, self._ready = run.total(self.by, self.optimizer), True
         if self._total is None and getattr(self.schedule, "needs_total", False):
             raise ValueError(
                 f"schedule_lr: {self.schedule!r} needs to know how many {self.by}s the run will have, and the "
@@ -99,74 +98,60 @@ class schedule_lr:
                 "(train, lt.iterations(1000))" + (", and use by='iteration'." if self.by == "update" else ".")
             )
 
+    def on_start(self, run: Run) -> None:
+        """In a fresh run, begin from the base value; from the hand's, if it was changed since another run wrote it."""
+        if run.resumed or isinstance(self.schedule, LRScheduler):
+            return
+        for group in self.optimizer.param_groups:
+            lr, written = group["lr"], group.pop("scheduled_lr", None)
+            if written is not None and lr != written:
+                group["initial_lr"] = lr
+            group.pop("lr_by_hand", None)
+
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
+        by, schedule, optimizer = self.by, self.schedule, self.optimizer
+        warmup: Any = self.warmup
         for state in states:
-            if isinstance(self.schedule, LRScheduler):
-                self._step(state, self.schedule)
+            if state.run is None:
+                raise RuntimeError("schedule_lr: these states belong to no run, so nobody counts. Iterate a phase.")
+            updates = state.run.progress.updates.get(optimizer, 0)
+            done = updates if by == "update" else state.iteration if by == "iteration" else state.epoch
+            if isinstance(schedule, LRScheduler):
+                self._step(schedule, done)
             else:
-                self._set(state, self.schedule)
-            state.lr = self.optimizer.param_groups[0]["lr"]
+                if not self._ready:  # in a plain pipe
+                    self.on_build(state.run)
+                factor = 1.0
+                if warmup.count:  # counts updates under a schedule by epoch too
+                    factor = warmup(updates if by == "epoch" else done)
+                for group in optimizer.param_groups:
+                    lr = group["lr"]
+                    if "initial_lr" not in group:
+                        group["initial_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+                    value = factor * schedule(done, self._total, float(group["initial_lr"]))
+                    if isinstance(lr, Tensor):
+                        lr.fill_(value)
+                    elif lr == group.get("scheduled_lr", lr) or self._by_hand(group):
+                        group["lr"] = group["scheduled_lr"] = value * group.get("lr_by_hand", 1.0)
+            state.lr = optimizer.param_groups[0]["lr"]
             yield state
 
-    def _done(self, state: State) -> int:
-        if self.by == "iteration":
-            return state.iteration
-        if self.by == "epoch":
-            return state.epoch
-        return self._updates(state)
-
-    def _step(self, state: State, scheduler: LRScheduler) -> None:
-        for _ in range(self._done(state) - self.stepped):
+    def _step(self, scheduler: LRScheduler, done: int) -> None:
+        for _ in range(done - self.stepped):
             scheduler.step()
             self.stepped += 1
 
-    def _set(self, state: State, schedule: Schedule) -> None:
-        done = self._done(state)
-        if not self.bases:
-            self._begin(state)
-        warmup: Any = self.warmup
-        factor = 1.0
-        if warmup.count:  # counts updates under a schedule by epoch too
-            factor = warmup(done if self.by != "epoch" else self._updates(state))
-        for number, group in enumerate(self.optimizer.param_groups):
-            if number == len(self.bases):  # a group that was added since
-                self._take_base(group)
-            value = factor * schedule(done, self._total, self.bases[number])
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(value)
-                continue
-            if group["lr"] != self.written[number] and not self._by_hand(number, group["lr"]):
-                continue
-            group["lr"] = self.written[number] = value * self.scales[number]
-
-    def _updates(self, state: State) -> int:
-        if state.run is None:
-            raise RuntimeError("schedule_lr: counting updates takes a run; iterate a phase, or use by='iteration'.")
-        return state.run.progress.updates.get(self.optimizer, 0)
-
-    def _begin(self, state: State) -> None:
-        if self._total is None and state.run is not None:
-            self.on_build(state.run)
-        for group in self.optimizer.param_groups:
-            self._take_base(group)
-
-    def _take_base(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        base = float(group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr))
-        self.bases.append(base)
-        self.scales.append(1.0)
-        self.written.append(lr if isinstance(lr, float | int) else base)
-
-    def _by_hand(self, number: int, lr: float) -> bool:
+    @staticmethod
+    def _by_hand(group: dict[str, Any]) -> bool:
         """Take a learning rate that was changed by hand into account; False if it holds for this iteration only."""
-        written = self.written[number]
+        lr, written = group["lr"], group["scheduled_lr"]
         if not written:
-            self.written[number] = lr
+            group["scheduled_lr"] = lr
             return False
-        self.scales[number] *= lr / written
+        group["lr_by_hand"] = group.get("lr_by_hand", 1.0) * lr / written
         warnings.warn(
-            f"schedule_lr: the learning rate of param group {number} was changed by hand from {written:g} to {lr:g}; "
-            f"what follows is scaled by {self.scales[number]:g}.",
-            stacklevel=4,
+            f"schedule_lr: a learning rate was changed by hand from {written:g} to {lr:g}; "
+            f"what follows is scaled by {group['lr_by_hand']:g}.",
+            stacklevel=2,
         )
         return True

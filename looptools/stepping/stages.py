@@ -32,6 +32,7 @@ def stages(cursor: Cursor) -> Iterator[tuple[str, State]]:
     if cursor.state is None:
         cursor.failed = None
         if not at_work(cursor, cursor.begin):
+            at_work(cursor, cursor.conclude)
             return
         assert cursor.state is not None
         yield f"{cursor.passes.plan.phase}/batches", cursor.state

@@ -36,8 +36,10 @@ def drop(cursor: Cursor) -> None:
     """
     failed, cursor.failed = cursor.failed, None
     if failed is not None and failed.part.endswith("/batches") and cursor.passes.phase is not None:
-        cursor.passes.skip_failed()
-        return
+        if cursor.state is not None:  # it was looked ahead for; the open iteration has its own batch
+            cursor.passes.skip_failed()
+            return
+        cursor.state = cursor.passes.fetch(cursor.run, skip=True)  # without a batch, for what the pass's end brings
     state = cursor.state
     if state is None:
         raise RuntimeError("skip: no iteration is open; next(run) goes on.")

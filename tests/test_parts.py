@@ -1,0 +1,261 @@
+"""What parts may do with the stream: pass on, drop, end it; and in which order and number all of it happens."""
+
+from __future__ import annotations
+
+import itertools
+
+import attrs
+import pytest
+import torch
+
+import looptools as lt
+
+
+def named(name, calls):
+    """A part that writes its name down, and when its loop is over."""
+
+    def part(states):
+        calls.append(f"{name} begins")
+        for state in states:
+            calls.append(f"{name} {state.phase} {state.index}")
+            yield state
+        calls.append(f"{name} over")
+
+    return part
+
+
+def keep(condition):
+    """A part that drops the states that do not fulfil *condition*."""
+
+    def filtering(states):
+        for state in states:
+            if condition(state):
+                yield state
+
+    return filtering
+
+
+def phase(batches, make=lt.train, **options):
+    return make(None, batches, lambda model, batch: {"x": batch.mean()}, **options)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["len", "no-len"])
+def test_parts_run_in_the_order_in_which_they_are_read(batches, known):
+    """Phase parts begin anew each pass, run parts do not; clean-up comes when the next state is asked for."""
+    calls = []
+    source = batches[:1] if known else lambda: iter(batches[:1])
+    pipe = phase(source) | named("a", calls) | named("b", calls)
+    run = lt.workflow([(pipe, 1)], max_epochs=2) | named("c", calls)
+
+    next(run)
+    assert calls == ["a begins", "a train 0", "b begins", "b train 0", "c begins", "c train 0"]
+    calls.clear()
+    next(run)
+    assert calls == ["a over", "b over", "a begins", "a train 0", "b begins", "b train 0", "c train 0"]
+    calls.clear()
+    assert next(run, None) is None
+    assert calls == ["a over", "b over", "c over"]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["len", "no-len"])
+def test_one_next_is_one_iteration(batches, known):
+    """`next` fetches one batch; one more only where the length is not known, since `average` asks for `last`."""
+    fetched = []
+
+    class Source:
+        def __iter__(self):
+            for batch in batches:
+                fetched.append(batch)
+                yield batch
+
+    class Sized(Source):
+        def __len__(self):
+            return 3
+
+    run = lt.workflow([(phase(Sized() if known else Source()), 1)], max_epochs=1)
+
+    next(run)
+
+    assert len(fetched) == (1 if known else 2)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["len", "no-len"])
+@pytest.mark.parametrize("kept", list(itertools.product([True, False], repeat=3)), ids=str)
+@pytest.mark.parametrize("scope", ["phase", "run"])
+def test_a_part_that_drops_states_is_given_the_next(batches, known, kept, scope):
+    """Any of three batches dropped, in two passes: the others come, means leave them out, passes end."""
+    pipe = phase(batches if known else lambda: iter(batches))
+    dropping = keep(lambda state: kept[state.index])
+    run = lt.workflow([(pipe | dropping if scope == "phase" else pipe, 1)], max_epochs=2)
+    ends = []
+
+    def watch(states):
+        for state in states:
+            if state.last:
+                ends.append((state.epoch, state.index, state.dropped, state.round_last))
+            yield state
+
+    run = (run if scope == "phase" else run | dropping) | watch
+
+    seen = [(state.epoch, state.index) for state in run]
+
+    assert seen == [(epoch, index) for epoch in range(2) for index in range(3) if kept[index]]
+    assert ends == [(epoch, 2, not kept[2], True) for epoch in range(2)]
+    assert run.ended == "finished: 2 epochs, 6 iterations"
+    means = [row.get("x") for row in run.history]
+    counted = [n + 1 for n in range(3) if kept[n] or scope == "run"]
+    assert means == [sum(counted) / len(counted) if counted else None] * 2
+
+
+def test_two_dropping_parts(batches):
+    """Each is given the next state that the one before it lets through."""
+    pipe = phase([torch.tensor([float(n)]) for n in range(12)])
+    run = lt.workflow([(pipe | keep(lambda s: s.index % 2) | keep(lambda s: s.index % 3), 1)], max_epochs=1)
+
+    assert [state.index for state in run | keep(lambda s: s.index != 7)] == [1, 5, 11]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["len", "no-len"])
+def test_a_phase_part_that_ends_its_stream_ends_the_pass(batches, known):
+    """`itertools.islice` as a middleware: the pass ends, its means are written, the run goes on."""
+    pipe = phase(batches if known else lambda: iter(batches)) | (lambda states: itertools.islice(states, 2))
+    run = lt.workflow([(pipe, 1)], max_epochs=2)
+
+    assert [(state.epoch, state.index) for state in run] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert run.results == {"train/x": 1.5}
+    assert run.ended.startswith("finished: 2 epochs")
+
+
+def test_a_run_part_that_ends_its_stream_ends_the_run(batches):
+    """`run.ended` names it."""
+    run = lt.workflow([(phase(batches), 1)], max_epochs=2) | (lambda states: itertools.islice(states, 2))
+
+    assert [state.index for state in run] == [0, 1]
+    assert run.ended == "run/lambda ended the stream"
+
+
+def twice(states):
+    for state in states:
+        yield state
+        yield state
+
+
+def behind(states):
+    before = None
+    for state in states:
+        if before is not None:
+            yield before
+        before = state
+
+
+def nothing(states):
+    for _ in states:
+        yield None
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "message"),
+    [
+        (twice, RuntimeError, "train/twice must yield the state it was given last, once or not at all"),
+        (behind, RuntimeError, "train/behind must yield the state it was given last"),
+        (nothing, TypeError, "train/nothing yielded NoneType, not the state. Write `yield state`"),
+        (lambda states: 3, TypeError, r"train/lambda returned a int, not an iterator of states"),
+        (lambda: 3, TypeError, r"takes 0 positional arguments"),
+    ],
+)
+def test_parts_that_break_the_contract_are_named(batches, part, kind, message):
+    """One state out for one in: what else a part does is an error with its name."""
+    run = lt.workflow([(phase(batches) | part, 1)], max_epochs=1)
+
+    with pytest.raises(kind, match=message):
+        run.to_end()
+
+
+@pytest.mark.parametrize("what", [lt.clip_grad_norm, 3, None])
+def test_what_is_no_middleware_is_refused_where_it_is_piped(batches, what):
+    """A class without its options, or no callable at all."""
+    with pytest.raises(TypeError, match="is a class. Give it its options first|a middleware is a callable"):
+        phase(batches) | what
+    with pytest.raises(TypeError, match="is a class. Give it its options first|a middleware is a callable"):
+        lt.chain(what)
+
+
+def test_a_recipe_that_was_not_called_says_to_call_it(batches):
+    """`phase | lt.optimize` without its optimizer."""
+    run = lt.workflow([(phase(batches) | lt.optimize, 1)], max_epochs=1)
+
+    with pytest.raises(TypeError, match="optimize: optimizer must be a torch.optim.Optimizer") as caught:
+        next(run)
+    assert any("call it first: optimize(...)" in note for note in caught.value.__notes__)
+
+
+def test_pipe_is_plain_nesting(model, sgd):
+    """Outside a run the same parts work on any states, one at a time."""
+    states = (lt.State(phase="train", loss=model(torch.ones(1)) * n) for n in (1, 2))
+    stream = lt.pipe(states, lt.optimize(sgd, max_norm=10.0))
+
+    first = next(stream)
+
+    assert (first.grad_norm.item(), model.w.item()) == (1.0, 2.0)
+    assert len(list(stream)) == 1
+
+
+def test_closing_early_closes_every_part_once(batches):
+    """`close` in mid-pass ends each loop, collects what parts raise, and the run is over."""
+    calls = []
+
+    @attrs.define(eq=False)
+    class failing:
+        def __call__(self, states):
+            for state in states:
+                yield state
+            calls.append("failing over")
+            raise ValueError("planted")
+
+        def close(self):
+            calls.append("failing closed")
+
+    pipe = phase(batches) | named("a", calls) | failing()
+    run = lt.workflow([(pipe, 1)], max_epochs=1) | named("b", calls)
+    next(run)
+    calls.clear()
+
+    with pytest.raises(ValueError, match="planted"):
+        run.close()
+
+    assert calls == ["a over", "failing over", "b over", "failing closed"]
+    assert (run.ended, list(run)) == ("closed", [])
+    run.close()
+    assert len(calls) == 4
+
+
+def test_with_puts_the_run_to_sleep_and_next_wakes_it(batches):
+    """At the end of `with` loops are over and files closed; the run goes on in mid-pass all the same."""
+    calls = []
+    run = lt.workflow([(phase(batches), 1)], max_epochs=1) | named("a", calls)
+
+    with run:
+        next(run)
+
+    assert calls[-1] == "a over"
+    assert [state.index for state in run] == [1, 2]
+
+
+def test_workers_are_released_by_sleep_and_the_place_is_found_again():
+    """A loader with workers, left in mid-pass: the workers end, and the same order goes on."""
+
+    def order(sleeps):
+        torch.manual_seed(3)
+        loader = torch.utils.data.DataLoader(torch.arange(12.0), 2, shuffle=True, num_workers=2)
+        run = lt.workflow([(phase(loader), 1)], max_epochs=2)
+        seen = []
+        while not run.ended:
+            if sleeps:
+                with run:
+                    seen += [state.batch for state in run.take(4)]
+                assert run.cursor.passes.sources[id(run._agenda.phases[0])]._iterator is None
+            else:
+                seen += [state.batch for state in run]
+        return torch.cat(seen)
+
+    assert torch.equal(order(True), order(False))

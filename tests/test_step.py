@@ -1,0 +1,222 @@
+"""The user's step: how it is called, and what it may return."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import looptools as lt
+from looptools.devices import count_samples, move
+
+
+def one(phase):
+    """The phase's first state."""
+    return next(iter(phase))
+
+
+def test_a_third_parameter_is_filled_by_its_name(model, batches):
+    """`state` gets the State, `train_mode` (mmcv's batch_processor) whether the phase trains."""
+    seen = []
+
+    def with_state(model, batch, state):
+        seen.append(state.index)
+        return model(batch)
+
+    def batch_processor(model, data, train_mode):
+        seen.append(train_mode)
+        return {"loss": model(data), "log_vars": {"mine": 1.5}, "num_samples": 7}
+
+    one(lt.train(model, batches, with_state))
+    one(lt.train(model, batches, batch_processor))
+    state = one(lt.validate(model, batches, batch_processor))
+
+    assert seen == [0, True, False]
+    assert (state.metrics["mine"], state.metrics["loss"].item(), state.num_samples) == (1.5, 3.0, 7)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda model, batch, epoch: 0, "the third parameter of lambda must be named state or train_mode, got 'epoch'"),
+        (lambda model: 0, r"lambda must take \(model, batch\), but takes \(model\)"),
+        (3, r"step must be a function step\(model, batch\), got 3"),
+    ],
+)
+def test_a_step_of_another_form_is_refused_where_it_is_typed(model, batches, step, message):
+    """Before anything runs."""
+    with pytest.raises(TypeError, match=message):
+        lt.train(model, batches, step)
+
+
+def test_further_arguments_are_bound_by_keyword(model, batches):
+    """functools.partial, callable objects and bound methods are steps like any other."""
+
+    def scaled(model, batch, *, factor):
+        return factor * model(batch)
+
+    class Task:
+        def step(self, model, batch):
+            return model(batch)
+
+        __call__ = step
+
+    for step in (functools.partial(scaled, factor=1), Task(), Task().step):
+        assert one(lt.train(model, batches, step)).loss.item() == 3.0
+
+
+class Old(nn.Module):
+    """A model with mmcv's own steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(3.0))
+        self.seen = []
+
+    def train_step(self, data, optimizer, **options):
+        self.seen.append(("train", optimizer))
+        return {"loss": self.w * data.mean(), "log_vars": {"loss": 3.0, "extra": 1}, "num_samples": 2}
+
+    def val_step(self, data, optimizer=None):
+        self.seen.append(("val", optimizer))
+        return {"log_vars": {"score": 0.5}, "num_samples": 2}
+
+
+def test_models_with_their_own_steps_work_as_they_are(batches):
+    """`train_step(data, optimizer)` and `val_step` are called, and log_vars is what is logged."""
+    model = Old()
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    run = lt.workflow(
+        [(lt.train(model, batches) | lt.optimize(sgd), 1), (lt.validate(model, batches[:1]), 1)], max_epochs=1
+    )
+
+    assert run.to_end() == {"train/loss": 3.0, "train/extra": 1.0, "val/score": 0.5}
+    assert model.seen == [("train", sgd)] * 3 + [("val", sgd)]
+    assert model.w.item() == 3 - 1 - 2 - 3
+
+
+def test_a_model_without_a_step_says_what_to_give(model, batches):
+    """`lt.train(model, loader)` needs a train_step."""
+    with pytest.raises(TypeError, match=r"give a step, a function step\(model, batch\).* Weight has no train_step"):
+        lt.train(model, batches)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, r"the step returned NoneType in iteration 0 of train. Return the loss"),
+        ((1, 2), "the step returned tuple"),
+        (0.5, "the step returned float"),
+        (torch.ones(2), r"must be a tensor of one element, got shape \(2,\). Average it with .mean\(\)"),
+        ({"loss": 0.5}, "must be a tensor of one element, got float"),
+        ({"loss": torch.ones(()), "num_samples": torch.tensor(2)}, "num_samples must be an int"),
+    ],
+)
+def test_a_result_that_is_neither_a_loss_nor_a_mapping_is_refused(model, batches, result, message):
+    """The error names phase and iteration."""
+    with pytest.raises(TypeError, match=message):
+        one(lt.train(model, batches, lambda model, batch: result))
+
+
+def test_a_training_step_without_a_loss_is_refused_by_backward(model, sgd, batches):
+    """A mapping need not have one, but then there is nothing to differentiate."""
+    with pytest.raises(TypeError, match="backward: the step of iteration 0 of train gave no loss"):
+        one(lt.train(model, batches, lambda model, batch: {"x": 1.0}) | lt.optimize(sgd))
+
+
+def test_metrics_are_the_scalars_without_graph(model, batches):
+    """Numbers and tensors of one element; what else the step returns stays in outputs."""
+    step = lambda model, batch: {"loss": model(batch), "one": torch.ones(1), "n": 3, "many": torch.ones(3), "name": "a"}  # noqa: E731
+
+    state = one(lt.train(model, batches, step))
+
+    assert set(state.metrics) == {"loss", "one", "n"}
+    assert (state.metrics["one"].shape, state.metrics["loss"].requires_grad, state.loss.requires_grad) == (
+        (),
+        False,
+        True,
+    )
+    assert set(state.outputs) == {"loss", "one", "n", "many", "name"}
+
+
+@attrs.define
+class Sample:
+    image: torch.Tensor
+    name: str = "a"
+
+
+@dataclasses.dataclass
+class Pair:
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+Named = collections.namedtuple("Named", "image label")
+FOUR = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        (FOUR, 4),
+        ((FOUR, torch.zeros(4)), 4),
+        ([FOUR, FOUR], 4),
+        ({"image": FOUR, "label": 1}, 4),
+        (Named(FOUR, FOUR), 4),
+        (Sample(FOUR), 4),
+        (Pair(FOUR, FOUR), 4),
+        (["a", "b"], 2),
+        (
+            ((torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)), ({}, {})),
+            2,
+        ),  # a detector's tuple of images of different sizes
+        ([{"image": FOUR}, {"image": FOUR}, {"image": FOUR}], 3),
+        (torch.zeros(()), 1),
+        (None, 1),
+        ({}, 1),
+    ],
+    ids=str,
+)
+def test_samples_of_a_batch(batch, count):
+    """The first dimension of the first field."""
+    assert count_samples(batch) == count
+
+
+def test_nested_batches_move(model):
+    """Tuples, lists, named tuples, dicts, attrs classes, dataclasses and what has `.to`; all else stays."""
+
+    class Own:
+        def to(self, device):
+            return ("moved", device)
+
+    meta = torch.device("meta")
+    batch = {
+        "a": (FOUR, [FOUR]),
+        "b": Named(FOUR, "x"),
+        "c": Sample(FOUR),
+        "d": Pair(FOUR, FOUR),
+        "e": Own(),
+        "f": None,
+    }
+
+    moved = move(batch, meta)
+
+    assert moved["a"][0].device == moved["a"][1][0].device == moved["b"].image.device == meta
+    assert moved["c"].image.device == moved["d"].label.device == meta
+    assert (type(moved["b"]), moved["b"].label, moved["e"], moved["f"]) == (Named, "x", ("moved", meta), None)
+    assert move(batch, torch.device("cpu"))["a"][0] is FOUR
+
+
+def test_device_model_follows_the_models_parameters():
+    """`device="model"` asks the model at each pass; None leaves batches alone."""
+    meta = nn.Linear(3, 1, device="meta")
+    step = lambda model, batch: {"x": 1.0}  # noqa: E731
+
+    assert one(lt.validate(meta, [FOUR], step, device="model")).batch.device.type == "meta"
+    assert one(lt.validate(meta, [FOUR], step, device="meta")).batch.device.type == "meta"
+    assert one(lt.validate(meta, [FOUR], step)).batch is FOUR
