@@ -108,8 +108,7 @@ class Source:
         if self._iterator is None or (self.limit is not None and self.taken >= self.limit):
             self._iterator = None
             return END
-        grad = torch.is_grad_enabled()
-        inference = torch.is_inference_mode_enabled()
+        grad = torch.is_grad_enabled()  # inference_mode switches it off too
         try:
             batch = next(self._iterator, END)
         except BaseException:
@@ -117,7 +116,7 @@ class Source:
             raise
         if self.length is not None and (batch is END) is (self.taken < self.length):
             self._refuse_length()
-        if torch.is_grad_enabled() is not grad or torch.is_inference_mode_enabled() is not inference:
+        if torch.is_grad_enabled() is not grad:
             torch.set_grad_enabled(grad)
             raise RuntimeError(
                 f"{self.name}: its source left gradients switched {'off' if grad else 'on'}. "

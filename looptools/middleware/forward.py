@@ -137,7 +137,7 @@ class forward:
                 'Return the loss, a tensor of one element, or a mapping with "loss".'
             )
         loss: Any = outputs.get("loss")
-        if loss is not None and not (isinstance(loss, Tensor) and loss.numel() == 1):
+        if loss is not None and not (isinstance(loss, Tensor) and (loss.ndim == 0 or loss.numel() == 1)):
             shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
                 f"forward: the loss of iteration {state.iteration} of {state.phase} must be a tensor of one element, "
@@ -147,8 +147,8 @@ class forward:
         number = outputs.get("num_samples")
         if number is None:
             batch = state.batch
-            plain = type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor) and batch[0].ndim
-            number = batch[0].shape[0] if plain else count_samples(batch)
+            usual = type(batch) in (tuple, list) and batch and isinstance(batch[0], Tensor) and batch[0].ndim
+            number = batch[0].size(0) if usual else count_samples(batch)
         state.num_samples = number
         if not isinstance(number, int):
             raise TypeError(
@@ -158,8 +158,10 @@ class forward:
         metrics = state.metrics
         for key, value in outputs.get("log_vars", outputs).items():
             if isinstance(value, Tensor):
-                if value.numel() == 1 and not value.is_complex():
-                    metrics[key] = value.detach() if value.ndim == 0 else value.detach().reshape(())
+                if value.ndim == 0:
+                    metrics[key] = value.detach() if value.requires_grad else value
+                elif value.numel() == 1:
+                    metrics[key] = value.detach().reshape(())
             elif isinstance(value, int | float) and key != "num_samples":
                 metrics[key] = value
         if loss is not None and "loss" not in metrics:

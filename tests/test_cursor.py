@@ -1,4 +1,4 @@
-"""What parts may do with the stream: pass on, drop, end it; and in which order and number all of it happens."""
+"""What parts may do with the stream: pass on, drop, end it; in which order and number."""
 
 from __future__ import annotations
 

@@ -1,0 +1,163 @@
+"""Going on from the end of a round, to the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loops import Case, assert_same, by_hand, piped
+
+import looptools as lt
+
+HARD = Case(optimizer="AdamW", max_norm=0.5, accumulate=3, cosine=True, epochs=4)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*.pt"))
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+@pytest.mark.parametrize("case", [HARD, Case(workers=2, epochs=4)], ids=["hard", "workers"])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, case, rounds):
+    """Stopped after any round and resumed by new objects: weights, history and results are the uninterrupted ones."""
+    first = piped(case) | lt.checkpoint(tmp_path)
+    for state in first:
+        if state.round_last and state.plan.round + 1 == rounds:
+            break
+    first.close()
+    torch.manual_seed(99)
+
+    run = piped(case) | lt.checkpoint(tmp_path)
+    path = run.resume()
+    run.to_end()
+
+    assert path.name == f"epoch_{rounds:04d}-iteration_{7 * rounds:06d}.pt"
+    assert_same(run.model.state_dict(), by_hand(case))
+    straight = piped(case)
+    straight.to_end()
+    assert run.results == straight.results
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]  # noqa: E731
+    assert strip(run.history) == strip(straight.history)
+
+
+def test_a_killed_run_goes_on_from_the_last_whole_round(tmp_path):
+    """What was done after the checkpoint is done again, to the same bits."""
+    first = piped(HARD) | lt.checkpoint(tmp_path)
+    list(first.take(14 + 5))
+
+    run = piped(HARD) | lt.checkpoint(tmp_path)
+    run.resume()
+
+    assert (run.progress.epoch, run.progress.iteration) == (1, 7)
+    run.to_end()
+    assert_same(run.model.state_dict(), by_hand(HARD))
+
+
+def test_a_training_source_that_stands_in_mid_walk_is_found_again(tmp_path):
+    """With entries of lt.iterations(5) a round ends within the loader's walk; the same order goes on."""
+
+    def make():
+        model, optimizer, train, val = Case(cosine=True).make()
+        from loops import classify
+
+        phase = (
+            lt.train(model, train, classify) | lt.schedule_lr(optimizer, lt.schedules.poly()) | lt.optimize(optimizer)
+        )
+        entries = [(phase, lt.iterations(5)), (lt.validate(model, val, classify), 1)]
+        return lt.workflow(entries, max_iterations=20)
+
+    straight = make()
+    straight.to_end()
+    first = make() | lt.checkpoint(tmp_path)
+    list(first.take(2 * (5 + 7)))
+    torch.manual_seed(99)
+    run = make() | lt.checkpoint(tmp_path)
+    run.resume()
+
+    assert len(list(run)) == 2 * (5 + 7)
+    assert_same(run.model.state_dict(), straight.model.state_dict())
+
+
+def test_torchs_own_scheduler_and_a_scaler_are_resumed(tmp_path):
+    """Their state is in the file like everything else; nobody lists it."""
+
+    def make():
+        model, optimizer, train, _ = Case(optimizer="AdamW").make()
+        from loops import classify
+
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=30)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        phase = lt.train(model, train, classify) | lt.schedule_lr(optimizer, scheduler)
+        return lt.workflow([(phase | lt.optimize(optimizer, max_norm=1.0, scaler=scaler), 1)], max_epochs=4)
+
+    straight = make()
+    straight.to_end()
+    first = make() | lt.checkpoint(tmp_path)
+    list(first.take(14))
+    run = make() | lt.checkpoint(tmp_path)
+    run.resume()
+    run.to_end()
+
+    assert_same(run.model.state_dict(), straight.model.state_dict())
+    saved = torch.load(tmp_path / names(tmp_path)[-1], weights_only=True)
+    assert set(saved["models"]) == {"model"}
+    assert saved["scalers"]["scaler"]["scale"] == 64.0 * 2 ** (28 // 3)
+    assert saved["schedulers"]["scheduler"]["last_epoch"] == 27  # stepped as the next iteration begins
+
+
+def test_an_empty_folder_is_a_fresh_start(tmp_path):
+    """`resume` returns None."""
+    run = piped(Case()) | lt.checkpoint(tmp_path / "new")
+
+    assert run.resume() is None
+    assert len(list(run)) == 28
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    """Resumed at its end, it has ended; with more epochs it goes on."""
+    (piped(Case()) | lt.checkpoint(tmp_path)).to_end()
+
+    run = piped(Case()) | lt.checkpoint(tmp_path)
+    run.resume()
+    assert list(run) == []
+    assert run.ended == "finished: 2 epochs, 14 iterations"
+
+    run = piped(Case(epochs=4)) | lt.checkpoint(tmp_path)
+    run.resume()
+    run.to_end()
+    assert_same(run.model.state_dict(), by_hand(Case(epochs=4)))
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_a_damaged_file_is_said_and_the_one_before_is_used(tmp_path, harm):
+    """By length and checksum; all damaged is an error."""
+    (piped(Case(epochs=3)) | lt.checkpoint(tmp_path)).to_end()
+
+    def spoil(path):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        {
+            "truncate": lambda: path.write_bytes(data[:-1]),
+            "flip": lambda: path.write_bytes(data),
+            "remove": path.unlink,
+        }[harm]()
+
+    spoil(tmp_path / names(tmp_path)[-1])
+    run = piped(Case(epochs=3)) | lt.checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match=r"epoch_0003-iteration_000021.pt is damaged: .* Trying the one before"):
+        path = run.resume()
+    assert path.name == "epoch_0002-iteration_000014.pt"
+    run.to_end()
+    assert_same(run.model.state_dict(), by_hand(Case(epochs=3)))
+
+
+def test_resume_comes_first(tmp_path):
+    """In the middle of a run it is refused; a path that is not there, too."""
+    run = piped(Case()) | lt.checkpoint(tmp_path)
+    next(run)
+
+    with pytest.raises(RuntimeError, match="the run has begun already"):
+        run.resume()
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        piped(Case()).resume(tmp_path / "nowhere")
+    with pytest.raises(RuntimeError, match="the run has no checkpoint part"):
+        piped(Case()).resume()

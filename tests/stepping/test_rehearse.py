@@ -1,0 +1,49 @@
+"""A try on a few batches, and everything put back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import looptools as lt
+
+
+@pytest.fixture
+def run(model, sgd, batches):
+    step = lambda model, batch: model(batch)  # noqa: E731
+    train = lt.train(model, batches, step) | lt.optimize(sgd, max_norm=0.5)
+    return lt.workflow([(train, 1), (lt.validate(model, batches[:1], step), 1)], max_epochs=2) | lt.log(line=None)
+
+
+def test_rehearse_puts_everything_back(tmp_path):
+    """Weights, buffers, gradients, optimizer, modes, generators and folders are as before."""
+    from loops import Case, piped
+
+    run = (
+        piped(Case(optimizer="AdamW", cosine=True)) | lt.log(tmp_path / "a", line=None) | lt.checkpoint(tmp_path / "a")
+    )
+    model, optimizer = run.model, run.optimizer or run.cursor and run.optimizer
+    model[1].eval()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    generators = torch.get_rng_state()
+
+    results = run.rehearse(2)
+
+    assert set(results) == {"train/loss", "train/accuracy", "val/loss", "val/accuracy"}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert (optimizer.state_dict()["state"], "initial_lr" in optimizer.param_groups[0]) == ({}, False)
+    assert (model.training, model[1].training) == (True, False)
+    assert torch.equal(torch.get_rng_state(), generators)
+    assert list((tmp_path / "a").iterdir()) == []
+    assert run.progress.iteration == 0
+    assert len(list(run)) == 28
+
+
+def test_rehearse_refuses_to_use_up_a_generator(batches):
+    """A one-shot source would be spent."""
+    run = lt.workflow([(lt.train(None, iter(batches), lambda model, batch: batch), 1)], max_epochs=1)
+
+    with pytest.raises(RuntimeError, match="the source of train can be walked through only once"):
+        run.rehearse()

@@ -1,0 +1,70 @@
+"""Swapping parts and steps."""
+
+from __future__ import annotations
+
+import pytest
+
+import looptools as lt
+
+
+@pytest.fixture
+def run(model, sgd, batches):
+    step = lambda model, batch: model(batch)  # noqa: E731
+    train = lt.train(model, batches, step) | lt.optimize(sgd, max_norm=0.5)
+    return lt.workflow([(train, 1), (lt.validate(model, batches[:1], step), 1)], max_epochs=2) | lt.log(line=None)
+
+
+def test_replace_swaps_a_part_in_mid_iteration(run, sgd, model):
+    """A part swapped before its turn acts in this very iteration."""
+    run.after("backward")
+
+    run.replace("clip_grad_norm", lt.clip_grad_norm(model.parameters(), 0.125))
+    next(run)
+
+    assert model.w.item() == pytest.approx(3 - 0.125)
+    assert run["clip_grad_norm"].max_norm == 0.125
+
+
+def test_replace_keeps_the_memory_of_a_part_of_the_same_class(model, sgd, batches):
+    """Swapping `backward` in an open window keeps what is in it."""
+    train = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd, accumulate=3)
+    run = lt.workflow([(train, 1)], max_epochs=1)
+    next(run)
+
+    run.replace("backward", lt.backward(sgd, accumulate=3))
+    run.to_end()
+
+    assert model.w.item() == 3 - (1 + 2 + 3) / 3
+
+
+def test_replace_by_name_needs_something_of_that_name(run):
+    """The error lists the steps there are."""
+
+    def classify(model, batch):
+        return model(batch)
+
+    with pytest.raises(LookupError, match=r"no step or part is called 'classify'. Steps are lambda"):
+        run.replace(classify)
+    with pytest.raises(TypeError, match="replace: give a name and a part, or a function"):
+        run.replace(3)
+
+
+def test_replace_by_name_swaps_a_plain_generator(model, batches):
+    """A part that was redefined in a cell takes the place of the old one."""
+
+    def mark(states):
+        for state in states:
+            state.metrics["mark"] = 1
+            yield state
+
+    run = lt.workflow([(lt.train(model, batches, lambda model, batch: model(batch)) | mark, 1)], max_epochs=1)
+    first = next(run).metrics["mark"]
+
+    def mark(states):
+        for state in states:
+            state.metrics["mark"] = 2
+            yield state
+
+    run.replace(mark)
+
+    assert (first, next(run).metrics["mark"]) == (1, 2)
