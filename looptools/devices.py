@@ -63,8 +63,6 @@ def count_samples(batch: Any) -> int:
         >>> count_samples((torch.zeros(8, 3), torch.zeros(8))), count_samples(["a", "b"]), count_samples(None)
         (8, 2, 1)
     """
-    if type(batch) in (tuple, list) and batch and isinstance(batch[0], torch.Tensor):  # what most loaders give
-        return int(batch[0].shape[0]) if batch[0].ndim else 1
     if hasattr(batch, "shape") or isinstance(batch, Mapping):
         return _rows(batch)
     if isinstance(batch, tuple | list) and batch:

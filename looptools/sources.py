@@ -194,10 +194,11 @@ class Source:
             RuntimeError: If the source gives more than its ``len`` says.
         """
         full = self.limit is None and self.length is not None and self.taken == self.length
-        if full and self._iterator is not None and self._ahead is _NOTHING:
-            self.fetch()
-        self._iterator = None
+        iterator, self._iterator = self._iterator, None
+        looked = self._ahead is not _NOTHING
         self._ahead = _NOTHING
+        if full and iterator is not None and not looked and next(iterator, END) is not END:
+            self._refuse_length()
 
     def release(self) -> None:
         """Let workers go; the next fetch finds the place again."""
@@ -216,12 +217,14 @@ class Source:
 
     def state_dict(self) -> dict[str, Any]:
         """Its place: walks begun, batches taken, and the generators as they were when the walk began."""
-        start = self._at_start if self.under_way or self._failed else None
-        return {"begun": self.begun, "taken": self.taken if start else 0, "at_start": start}
+        start = self._at_start if self.under_way else None
+        own = self.own_generators()
+        return {"begun": self.begun, "taken": self.taken if start else 0, "at_start": start, "own": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where `state_dict` was taken. The walk is gone through again at the next fetch."""
         self.begun, self.taken, self._at_start = state["begun"], state["taken"], state["at_start"]
+        self.set_own_generators(state["own"])
         self._iterator, self._ahead = None, _NOTHING
         self._failed = self._at_start is not None
 

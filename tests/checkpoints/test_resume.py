@@ -77,6 +77,23 @@ def test_a_training_source_that_stands_in_mid_walk_is_found_again(tmp_path):
     assert_same(run.model.state_dict(), straight.model.state_dict())
 
 
+def test_a_loader_with_its_own_generator_goes_on_with_its_order(tmp_path):
+    """`DataLoader(generator=)` draws from a generator of its own, which is saved with the loader's place."""
+
+    def make():
+        generator = torch.Generator().manual_seed(7)
+        loader = torch.utils.data.DataLoader(torch.arange(9.0), 2, shuffle=True, generator=generator)
+        return lt.workflow([(lt.train(None, loader, lambda model, batch: {"x": batch.mean()}), 1)], max_epochs=4)
+
+    order = [state.batch.tolist() for state in make()]
+    first = make() | lt.checkpoint(tmp_path)
+    list(first.take(12))
+    run = make() | lt.checkpoint(tmp_path)
+    run.resume()
+
+    assert [state.batch.tolist() for state in run] == order[10:]
+
+
 def test_torchs_own_scheduler_and_a_scaler_are_resumed(tmp_path):
     """Their state is in the file like everything else; nobody lists it."""
 

@@ -1,0 +1,95 @@
+"""The same promises on a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loops import Planted, Trips, assert_same, classify, device_reads, loader, network
+
+import looptools as lt
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def make(**options):
+    torch.manual_seed(0)
+    model = network().cuda()
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01), loader()
+
+
+def by_hand(autocast=False):
+    model, optimizer, data = make()
+    scaler = torch.amp.GradScaler("cuda", enabled=autocast)
+    model.train()
+    for _ in range(2):
+        for batch in data:
+            images, labels = (tensor.cuda() for tensor in batch)
+            with torch.autocast("cuda", torch.float16, enabled=autocast):
+                loss = classify(model, (images, labels))["loss"]
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+    return model.state_dict()
+
+
+def piped(autocast=False):
+    model, optimizer, data = make()
+    scaler = torch.amp.GradScaler("cuda") if autocast else None
+    phase = lt.train(model, data, classify, device="model", autocast=torch.float16 if autocast else None)
+    return lt.workflow([(phase | lt.optimize(optimizer, max_norm=1.0, scaler=scaler), 1)], max_epochs=2)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "fp16"])
+def test_same_bits_as_by_hand(autocast):
+    """Dropout draws from the device's generator; batches are moved by `device="model"`."""
+    run = piped(autocast)
+
+    run.to_end()
+
+    assert_same(run.model.state_dict(), by_hand(autocast))
+
+
+@pytest.mark.parametrize("name", ["train/forward", "train/backward", "train/update"])
+def test_going_on_after_an_exception_draws_the_same_dropout(name):
+    """The device's generator is set back for a forward that is redone."""
+    run = piped()
+    slot = next(slot for slot in run.cursor.slots if slot.name == name)
+    slot.part = Trips(slot.part, at=lambda state: True)
+
+    while not run.ended:
+        try:
+            run.to_end()
+        except Planted:
+            pass
+
+    buffers = ["running_mean", "running_var", "num_batches_tracked"]
+    assert_same(run.model.state_dict(), by_hand(), but=buffers)
+
+
+def test_resume_sets_the_devices_generator(tmp_path):
+    """A run resumed in the middle ends with the uninterrupted bits."""
+    first = piped() | lt.checkpoint(tmp_path)
+    list(first.take(7))
+    torch.cuda.manual_seed(99)
+    run = piped() | lt.checkpoint(tmp_path)
+    run.resume()
+    run.to_end()
+
+    assert_same(run.model.state_dict(), by_hand())
+
+
+def test_the_device_is_read_once_a_row():
+    """Between the rows of the log nothing waits for the device."""
+    model, optimizer, data = make()
+    batches = [tuple(tensor.cuda() for tensor in batch) for batch in data]
+    phase = lt.train(model, batches, classify) | lt.optimize(optimizer, max_norm=1.0)
+    run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(every=3, line=lambda line: reads.append("row"))
+    next(run)
+
+    with device_reads() as reads:
+        list(run.take(6))
+
+    assert reads == ["tolist", "row"] * 3
