@@ -139,6 +139,9 @@ def agenda(
         TypeError: If an entry is not a pair of a phase or callable and a count.
         ValueError: If the run could never end.
     """
+    if isinstance(entries, Phase | str) or not hasattr(entries, "__iter__") or hasattr(entries, "__next__"):
+        kind = "a phase" if isinstance(entries, Phase) else repr(entries)
+        raise TypeError(f"workflow: give a list of pairs (phase, n), as in workflow([(train, 1)]), got {kind}.")
     read = tuple(_entry(number, entry) for number, entry in enumerate(entries, 1))
     bounds = {"max_epochs": max_epochs, "max_iterations": max_iterations, "max_rounds": max_rounds}
     for name, bound in bounds.items():

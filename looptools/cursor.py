@@ -43,8 +43,12 @@ class Failed:
     """
 
     part: str
-    state: State | None = attrs.field(repr=False)
+    state: State | None
     exception: BaseException
+
+    def __repr__(self) -> str:
+        where = "" if self.state is None else f", iteration={self.state.iteration}, epoch={self.state.epoch}"
+        return f"Failed(part={self.part!r}{where}, exception={self.exception!r})"
 
 
 class Cursor:
@@ -58,6 +62,7 @@ class Cursor:
         self.at = 0  # number of the part of the line that comes next
         self.line: list[Slot] = []
         self.failed: Failed | None = None
+        self.handed: State | None = None  # the last one that was finished
         self.unseen: State | None = None  # finished, but Ctrl-C came before it could be handed out
         self.at_boundary: list[Callable[[Run], Any]] = []
         self.stopping = ""
@@ -112,6 +117,11 @@ class Cursor:
         if get_ident() == MAIN:
             interrupts.at_work -= 1
 
+    def require_rest(self, verb: str) -> None:
+        """Refuse a *verb* that closes parts while one of them is at work."""
+        if self._working:
+            raise RuntimeError(f"{verb}: the run is at work, within this iteration. End it with state.stop(...).")
+
     @property
     def seconds(self) -> float:
         """Seconds at work until now."""
@@ -154,8 +164,7 @@ class Cursor:
         try:
             self.state = self.passes.fetch(self.run)
         except BaseException as error:
-            self._fail(f"{self.passes.plan.phase}/batches", error)
-            raise
+            raise self._fail(f"{self.passes.plan.phase}/batches", error)
         self.at = 0
         return True
 
@@ -172,8 +181,7 @@ class Cursor:
                 self._stream_ended(slot)
                 continue
             except BaseException as error:
-                self._fail(slot.name, error, slot)
-                raise
+                raise self._fail(slot.name, error, slot)
             if out is not self.state or slot.link.state is not None:  # a part that drops states has moved self.state
                 self._refuse(slot, out)
             self.at += 1
@@ -194,9 +202,10 @@ class Cursor:
                 self.at_boundary[0](self.run)
                 del self.at_boundary[0]
         except BaseException as error:
-            self._fail("boundary", error)
-            raise
+            raise self._fail("boundary", error)
         self.state, self.at, self._counted = None, 0, False
+        if not state.dropped:
+            self.handed = state
 
     def _open_pass(self) -> bool:
         """Go on to the next pass; False if there is none."""
@@ -213,12 +222,15 @@ class Cursor:
                 if isinstance(phase, Phase):
                     self.passes.set_out(entry, phase, self.seconds)
                     self.line = [*self.lines[id(phase)], *self.run_slots]
+                    for slot in self.line:
+                        if hasattr(slot.part, "on_pass"):
+                            slot.part.on_pass(self.run)
                     return True
                 phase(self.run)
                 self.passes.place.done += 1
             except BaseException as error:
-                self._fail(f"{phase.name}/batches" if isinstance(phase, Phase) else f"workflow/{name_of(phase)}", error)
-                raise
+                name = f"{phase.name}/batches" if isinstance(phase, Phase) else f"workflow/{name_of(phase)}"
+                raise self._fail(name, error)
         return False
 
     def conclude(self) -> None:
@@ -234,8 +246,7 @@ class Cursor:
         try:
             return self.passes.is_last()
         except BaseException as error:
-            self._fail(f"{self.passes.plan.phase}/batches", error)
-            raise
+            raise self._fail(f"{self.passes.plan.phase}/batches", error)
 
     def stop(self, why: str) -> None:
         """End the run at the next boundary."""
@@ -249,6 +260,8 @@ class Cursor:
         Raises:
             StopIteration: If there is none in its scope; this ends the part's loop.
         """
+        if slot.starting:
+            raise TypeError(f"{slot.name} asked for a state before it returned an iterator. Does it `yield state`?")
         dropped = self.state
         if self._closing or dropped is None:
             raise StopIteration
@@ -261,7 +274,7 @@ class Cursor:
         self.finish()
         if self.begin():
             self.advance(until=slot)
-        if self.state is None:
+        if self.state is None or self.at >= len(self.line):  # over; or its pass was ended by a part before it
             raise StopIteration
         return self.state
 
@@ -269,14 +282,15 @@ class Cursor:
         """A part's loop is over: its pass ends with the open state, which it dropped; or the run does."""
         slot.forget()
         state = self.state
-        if state is None:
+        if state is None or self.at >= len(self.line):
             return
-        state.dropped = state.last = True
-        state.round_last = self.passes.is_round_last()
+        state.dropped = True
         if slot.of_run:
             self.stop(f"{slot.name} ended the stream")
-            self.at = self.line.index(slot) + 1
+            self.at = self.line.index(slot) + 1 if state.last else len(self.line)
         else:
+            state.last = True
+            state.round_last = self.passes.is_round_last()
             self.at = self.closing_part()
 
     def closing_part(self) -> int:
@@ -290,17 +304,22 @@ class Cursor:
         )
         if not isinstance(out, State):
             error = TypeError(f"{slot.name} yielded {type(out).__name__}, not the state. Write `yield state`.")
-        self._fail(slot.name, error, slot)
-        raise error
+        raise self._fail(slot.name, error, slot)
 
     # Failing and closing
 
-    def _fail(self, name: str, error: BaseException, slot: Slot | None = None) -> None:
-        """Remember what failed, and say so in notes on the exception."""
+    def _fail(self, name: str, error: BaseException, slot: Slot | None = None) -> BaseException:
+        """Remember what failed, say so in notes on the exception, and return it to be raised."""
         if slot is not None:
             slot.forget()
         if self.failed is not None and self.failed.exception is error:
-            return  # on its way out through a part that had asked for another state
+            return error  # on its way out through a part that had asked for another state
+        if isinstance(error, StopIteration):  # would end the caller's `for` in silence
+            cause = error
+            error = RuntimeError(f"{name} raised StopIteration: something that it calls next() on is exhausted.")
+            error.__cause__ = cause
+        if get_ident() == MAIN and interrupts.at_work == 1:
+            interrupts.pending = False  # this stops the run already
         state, names = self.state, self.part_names
         self.failed = Failed(name, state, error)
         number = f", part {names.index(name) + 1} of {len(names)}" if name in names else ""
@@ -310,10 +329,12 @@ class Cursor:
             left = slot.part.leaves(state)
             if left:
                 error.add_note(f"What it did before it failed cannot be undone: {left}.")
-        if slot is not None and inspect.isgeneratorfunction(slot.part):
+        code = getattr(slot.part, "__code__", None) if slot is not None else None
+        if slot is not None and code is not None and inspect.isgeneratorfunction(slot.part) and code.co_nlocals > 2:
             error.add_note(f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
         if isinstance(error, Exception):
             error.add_note("next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it.")
+        return error
 
     def go_on(self) -> None:
         """After a failure: stand where the part that failed says that it can be redone from."""
@@ -336,8 +357,11 @@ class Cursor:
             self._closing = False
 
     def end(self, why: str) -> None:
-        """The run is over: close every part."""
+        """The run is over: drop what is open, and close every part."""
         self.ended = why
+        self.state = self.unseen = self.failed = None
+        self.at_boundary.clear()
+        self.at, self._counted = 0, False
         self.rest()
 
     def rest(self) -> None:

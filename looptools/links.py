@@ -12,13 +12,14 @@ from .state import State
 class Slot:
     """A part in its place: its name, its generator while it has one, and the link that feeds it."""
 
-    __slots__ = ("link", "name", "of_run", "part", "stream")
+    __slots__ = ("link", "name", "of_run", "part", "starting", "stream")
 
     def __init__(self, name: str, part: Middleware, refill: Callable[[Slot], State], of_run: bool) -> None:
         self.name = name
         self.part: Any = part
         self.of_run = of_run  # one generator for the whole run, or a new one each pass
         self.stream: Iterator[State] | None = None
+        self.starting = False  # it may not ask for states before it has returned an iterator
         self.link = Link(self, refill)
 
     @property
@@ -28,7 +29,13 @@ class Slot:
 
     def begin(self) -> Iterator[State]:
         """A new generator."""
-        self.stream = start(self.part, self.link, self.name)
+        state, self.link.state = self.link.state, None
+        self.starting = True
+        try:
+            self.stream = start(self.part, self.link, self.name)
+        finally:
+            self.starting = False
+        self.link.state = state
         return self.stream
 
     def forget(self) -> Iterator[State] | None:

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch.nn import Module
 
 # For each model and mode: the submodules that stood the other way when the model left that mode.
 _exceptions: WeakKeyDictionary[Module, dict[bool, list[Module]]] = WeakKeyDictionary()
+# For each module: the flag it had before a model that it belongs to was switched, and which one that was.
+_displaced: WeakKeyDictionary[Module, tuple[bool, ref[Module]]] = WeakKeyDictionary()
+
+
+class Switches:
+    """How many switches there were: who sees the number changed must `settle` its model again."""
+
+    count = 0
+
+
+def settle(model: Module, training: bool) -> None:
+    """See that *model* is in train or eval mode, also where a part of it was switched as a model of its own.
+
+    Example:
+        >>> import torch
+        >>> inner = torch.nn.Dropout()
+        >>> outer = torch.nn.Sequential(inner)
+        >>> set_mode(inner, False)  # a validation of the inner model alone
+        >>> settle(outer, True)
+        >>> inner.training
+        True
+    """
+    if model.training is not training:
+        set_mode(model, training)
+        return
+    for module in model.modules():
+        flag, by = _displaced.get(module, (False, None))
+        if by is not None and by() is not model:
+            module.training = flag
+            del _displaced[module]
 
 
 def set_mode(model: Module, training: bool) -> None:
@@ -26,8 +56,12 @@ def set_mode(model: Module, training: bool) -> None:
         >>> model[0].training, model[1].training
         (False, True)
     """
+    Switches.count += 1
     notes = _exceptions.setdefault(model, {})
-    notes[model.training] = [module for module in model.modules() if module.training is not model.training]
+    modules, me = list(model.modules()), ref(model)
+    notes[model.training] = [module for module in modules if module.training is not model.training]
+    for module in modules:
+        _displaced[module] = (module.training, me)
     model.train(training)
     for module in notes.get(training, ()):
         module.training = not training

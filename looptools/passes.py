@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 
 from .agenda import Agenda, Entry, Place
@@ -36,6 +37,7 @@ class Passes:
         self.stretch()
         self._entry: Entry
         self._source: Source
+        self._from = 0  # training iterations before the pass
         self._index = 0  # of the batch that comes next
         self._exact: int | None = None  # iterations of the pass, if that is known,
         self._most: int | None = None  # and how many there may be at most
@@ -44,6 +46,8 @@ class Passes:
         """Measure the whole run, now and when its bounds have changed."""
         self.epochs = self.agenda.epochs(self.lengths)
         self.iterations = self.agenda.iterations(self.lengths)
+        if self.phase is not None:
+            self._measure(self._entry)
 
     def upcoming(self) -> Entry | None:
         """The entry whose pass comes next; None if the run is over."""
@@ -57,18 +61,22 @@ class Passes:
         goes_on = source.under_way and phase.trains and entry.batches is not None
         if not goes_on:
             source.begin()
-        self._exact, self._most = self.agenda.length(entry, source.length, self.progress.iteration)
-        self.plan = Plan(
-            phase=name,
-            trains=phase.trains,
-            round=self.progress.round,
+        self.phase, self._entry, self._source, self._index, self.began = phase, entry, source, 0, seconds
+        self._from = self.progress.iteration
+        self.plan = Plan(phase=name, trains=phase.trains, round=self.progress.round)
+        self._measure(entry)
+
+    def _measure(self, entry: Entry) -> None:
+        """Find out how far the pass under way goes."""
+        self._exact, self._most = self.agenda.length(entry, self._source.length, self._from)
+        self.plan = attrs.evolve(
+            self.plan,
             length=self._exact,
             max_epochs=self.agenda.max_epochs,
             max_iterations=self.agenda.max_iterations,
             epochs=self.epochs,
             iterations=self.iterations,
         )
-        self.phase, self._entry, self._source, self._index, self.began = phase, entry, source, 0, seconds
 
     def fetch(self, run: Any, *, skip: bool = False) -> State:
         """Fetch the next batch of the pass, and make its state; *skip* passes over one that could not be fetched.

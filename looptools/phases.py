@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+from torch.nn import Module
 
 from .checks import whole_number
 from .middleware.average import average
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-@attrs.frozen(eq=False, kw_only=True)
+@attrs.frozen(eq=False, kw_only=True, repr=False)
 class Phase:
     """What `train` and `validate` make; ``phase | middleware`` is a new phase with one part more.
 
@@ -44,8 +45,13 @@ class Phase:
         check(middleware, f"{self.name} | middleware")
         return attrs.evolve(self, middlewares=(*self.middlewares, middleware))
 
+    def __repr__(self) -> str:
+        parts = " | ".join(name for name, _ in self.parts())
+        return f"<Phase {self.name}: {type(self.model).__name__} on {type(self.source).__name__}: {parts}>"
+
     def on(self, source: Any) -> Phase:
         """The same pipe on other data."""
+        _check_source(self.name, source)
         return attrs.evolve(self, source=source)
 
     def limit(self, batches: int) -> Phase:
@@ -68,6 +74,10 @@ class Phase:
 
         return workflow([(self, 1)], max_rounds=1)
 
+    def to_end(self) -> dict[str, float]:
+        """Run one pass, and return its means: ``val.to_end()["val/accuracy"]``."""
+        return iter(self).to_end()
+
 
 def _phase(
     kind: str, model: Any, source: Any, step: Callable[..., Any] | None, name: str, autocast: Any, options: Any
@@ -81,12 +91,20 @@ def _phase(
         )
     if not isinstance(name, str) or not name or "/" in name or "#" in name:
         raise ValueError(f"{kind}: name must be a word without / and #, got {name!r}.")
-    if not callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
-        raise TypeError(f"{kind}: source must be an iterable of batches or a function that makes one, got {source!r}.")
-    if isinstance(source, type):
-        raise TypeError(f"{kind}: source is the class {source.__name__}; give an instance of it.")
+    _check_source(kind, source)
+    if options["device"] not in (None, "model"):
+        torch.device(options["device"])  # raises where it is typed
     part = forward(step, autocast=autocast)
     return Phase(name=name, model=model, source=source, step=part, trains=trains, **options)
+
+
+def _check_source(where: str, source: Any) -> None:
+    if isinstance(source, type):
+        raise TypeError(f"{where}: source is the class {source.__name__}; give an instance of it.")
+    if isinstance(source, Module):
+        raise TypeError(f"{where}: source is a module. The model comes first: {where}(model, source, step).")
+    if not callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+        raise TypeError(f"{where}: source must be an iterable of batches or a function that makes one, got {source!r}.")
 
 
 def train(

@@ -15,10 +15,12 @@ nesting them, so that an exception in one leaves the others alive.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import attrs
+from torch.optim import Optimizer
 
 from .state import State
 
@@ -128,9 +130,12 @@ def check(middleware: Any, where: str) -> None:
             f"{where}: {middleware.__name__} is a class. Give it its options first: {middleware.__name__}(...)."
         )
     if not callable(middleware):
-        raise TypeError(
-            f"{where}: a middleware is a callable that takes a stream of states and returns one, got {middleware!r}."
-        )
+        cure = " Write lt.optimize(optimizer)." if isinstance(middleware, Optimizer) else ""
+        kind = type(middleware).__name__
+        raise TypeError(f"{where}: a middleware is a callable that takes a stream of states, got a {kind}.{cure}")
+    if inspect.isfunction(middleware) and f"{middleware.__module__}.".startswith(f"{__package__}.middleware."):
+        name = middleware.__name__
+        raise TypeError(f"{where}: {name} takes options. Call it first: {name}(...).")
 
 
 def start(middleware: Middleware, states: Iterable[State], where: str) -> Iterator[State]:
@@ -146,6 +151,8 @@ def start(middleware: Middleware, states: Iterable[State], where: str) -> Iterat
     except TypeError as error:
         error.add_note(f"{where} could not be called on a stream of states. {advice}")
         raise
+    if stream is None:
+        raise TypeError(f"{where} returned None, not an iterator of states. Does it `yield state`?")
     if not hasattr(stream, "__next__"):
         raise TypeError(f"{where} returned a {type(stream).__name__}, not an iterator of states. {advice}")
     return stream  # type: ignore[no-any-return]

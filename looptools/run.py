@@ -17,6 +17,13 @@ from .pipeline import Middleware, check
 from .state import Progress, State
 
 
+class Results(dict[str, float]):
+    """The newest means, by phase and metric; a key that is not there says which are."""
+
+    def __missing__(self, key: str) -> float:
+        raise KeyError(f"nobody has written {key!r}; known are {', '.join(self) or 'none yet'}")
+
+
 class Run:
     """An iterator over the states of a whole training. Made by `workflow`.
 
@@ -27,7 +34,8 @@ class Run:
     Attributes:
         progress: Counters of what is done so far; see `Progress`.
         results: The newest mean of every metric, as in ``run.results["val/accuracy"]``.
-        history: A dictionary for every pass: phase, epoch, iteration, round, iterations, seconds and means.
+        history: A dictionary for every pass: phase, epoch, iteration, round, iterations of the pass, training
+            iterations of the run after it (trained), seconds, and means.
         best: What `checkpoint` found best so far, by metric: value, epoch, iteration and file.
 
     Example:
@@ -45,10 +53,10 @@ class Run:
         self._agenda = agenda
         self._middlewares = middlewares
         self._cursor: Cursor | None = None
-        self._handed: State | None = None
         self._optimizer: Any = None
         self.progress = Progress()
-        self.results: dict[str, float] = {}
+        self.results: dict[str, float] = Results()
+        self.newest = ""
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, dict[str, Any]] = {}
 
@@ -86,8 +94,7 @@ class Run:
         cursor = self._cursor or self._build()
         cursor.enter()
         try:
-            self._handed = state = cursor.iterate()
-            return state
+            return cursor.iterate()
         finally:
             cursor.leave()
 
@@ -123,27 +130,30 @@ class Run:
     def close(self) -> None:
         """End the run here, and close every part."""
         if self._cursor is not None and not self.ended:
+            self._cursor.require_rest("close")
             self._cursor.end("closed")
 
     def reset(self) -> None:
         """Start afresh at the next use: counters, parts' memory, results. Weights stay as they are."""
         if self._cursor is not None:
+            self._cursor.require_rest("reset")
             self._cursor.rest()
-        self._cursor = self._handed = None
+        self._cursor = None
         self.progress = Progress()
-        self.results, self.history, self.best = {}, [], {}
+        self.results, self.history, self.best = Results(), [], {}
 
-    def extend(self, *, max_epochs: int | None = None, max_iterations: int | None = None) -> None:
+    def extend(
+        self, *, max_epochs: int | None = None, max_iterations: int | None = None, max_rounds: int | None = None
+    ) -> None:
         """Move the end of the run, finished or not; schedules stretch to the new one."""
-        stepping.extend(self, max_epochs, max_iterations)
+        stepping.extend(self, max_epochs, max_iterations, max_rounds)
 
     # Where it stands
 
     @property
     def state(self) -> State | None:
         """The open iteration's state, or the one that was handed out last."""
-        open_state = None if self._cursor is None else self._cursor.state
-        return open_state or self._handed
+        return None if self._cursor is None else self._cursor.state or self._cursor.handed
 
     @property
     def seconds(self) -> float:
@@ -269,11 +279,16 @@ class Run:
 
     def record(self, state: State, means: dict[str, float]) -> None:
         """Take in the means of the pass that *state* ends."""
-        self.results.update({f"{state.phase}/{key}": value for key, value in means.items()})
+        prefix = f"{state.phase}/"
+        for key in [key for key in self.results if key.startswith(prefix)]:
+            del self.results[key]
+        self.results.update({prefix + key: value for key, value in means.items()})
+        self.newest = prefix
         facts = {"phase": state.phase, "epoch": state.epoch, "iteration": state.iteration}
         cursor = self.cursor
         seconds = round(cursor.seconds - cursor.passes.began, 3)
-        facts |= {"round": cursor.progress.round, "iterations": state.index + 1, "seconds": seconds}
+        trained = cursor.progress.iteration + state.trains  # counted at the boundary that follows
+        facts |= {"round": cursor.progress.round, "iterations": state.index + 1, "trained": trained, "seconds": seconds}
         self.history.append({**facts, **means})
 
     def total(self, by: str, optimizer: Optimizer | None = None) -> int | None:
@@ -287,6 +302,12 @@ class Run:
     def is_round_last(self, state: State) -> bool:
         """What ``state.round_last`` asks."""
         return self.cursor.passes.is_round_last()
+
+    def require_run_scope(self, part: Any) -> None:
+        """Refuse *part* within a phase: it reads what `average` writes behind all other parts."""
+        name = type(part).__name__
+        if any(slot.part is part and not slot.of_run for slot in self.cursor.slots):
+            raise TypeError(f"{name}: pipe it onto the run, not onto a phase: lt.workflow(...) | lt.{name}(...).")
 
     def require_folder(self, folder: Path, part: str) -> None:
         """Make *folder*, and refuse one that cannot be written to."""

@@ -45,7 +45,7 @@ class Lines:
 
     def write(self, row: Row, state: State) -> None:
         plan = state.plan
-        of = f"/{plan.epochs}" if plan is not None and plan.epochs is not None else ""
+        of = f"/{plan.epochs}" if plan is not None and plan.epochs else ""
         words = [f"{row['phase']:<6} epoch {row['epoch'] + 1}{of}"]
         if row["kind"] != "pass":
             of = f"/{plan.iterations}" if plan is not None and plan.iterations is not None else ""
@@ -72,7 +72,7 @@ class Bar:
 
     def advance(self, state: State) -> None:
         """Move on by one iteration."""
-        if self._bar is None or state.first:
+        if self._bar is None:
             self._open(state)
         self._bar.update(1)
 

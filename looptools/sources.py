@@ -50,6 +50,8 @@ class Source:
         self.taken = 0  # batches taken of the walk that goes on
         self._iterator: Iterator[Any] | None = None
         self._ahead: Any = _NOTHING
+        self._unmoved: Any = _NOTHING  # taken out of the iterator, but not yet on its device
+        self._may_leak = False
         self._at_start: dict[str, Any] | None = None  # the random generators before the walk began
         self._failed = False
         whole = None if self._makes_its_own else trusted_len(given)
@@ -59,7 +61,7 @@ class Source:
 
     @property
     def _makes_its_own(self) -> bool:
-        return callable(self.given) and not hasattr(self.given, "__iter__")
+        return callable(self.given) and not hasattr(self.given, "__iter__") and not hasattr(self.given, "__getitem__")
 
     @property
     def under_way(self) -> bool:
@@ -81,7 +83,7 @@ class Source:
 
     def _iterate(self, walk: int) -> Iterator[Any]:
         iterable: Iterable[Any] = self.given() if self._makes_its_own else self.given
-        if not hasattr(iterable, "__iter__"):
+        if not hasattr(iterable, "__iter__") and not hasattr(iterable, "__getitem__"):
             raise TypeError(f"{self.name}: its source must be an iterable of batches, got {iterable!r}.")
         for sampler in _samplers(iterable):
             sampler.set_epoch(walk)
@@ -89,6 +91,8 @@ class Source:
             with deaf_workers(iterable):
                 return iter(iterable)
         iterator = iter(iterable)
+        by_index = isinstance(iterable, DataLoader) and not isinstance(iterable.dataset, IterableDataset)
+        self._may_leak = not (by_index or isinstance(iterable, list | tuple))
         if iterator is iterable and walk > 0 and not self._makes_its_own:
             kind = type(iterable).__name__
             raise RuntimeError(
@@ -108,25 +112,38 @@ class Source:
         if self._iterator is None or (self.limit is not None and self.taken >= self.limit):
             self._iterator = None
             return END
-        grad = torch.is_grad_enabled()  # inference_mode switches it off too
-        try:
-            batch = next(self._iterator, END)
-        except BaseException:
-            self._failed = True
-            raise
-        if self.length is not None and (batch is END) is (self.taken < self.length):
-            self._refuse_length()
-        if torch.is_grad_enabled() is not grad:
-            torch.set_grad_enabled(grad)
-            raise RuntimeError(
-                f"{self.name}: its source left gradients switched {'off' if grad else 'on'}. "
-                "Move its yield out of the `with torch.no_grad():` block; only the work goes inside."
-            )
+        if self._unmoved is not _NOTHING:
+            batch = self._unmoved
+        else:
+            modes = _modes() if self._may_leak else None
+            try:
+                batch = next(self._iterator, END)
+            except BaseException:
+                self._failed = True
+                raise
+            if modes is not None and modes != _modes():
+                self._refuse_leak(modes)
+            if self.length is not None and (batch is END) is (self.taken < self.length):
+                self._refuse_length()
         if batch is END:
             self._iterator = None
             return END
+        if self.device is not None:
+            self._unmoved = batch  # kept, in case that moving fails
+            batch = move(batch, self.device, self.non_blocking)
+            self._unmoved = _NOTHING
         self.taken += 1
-        return batch if self.device is None else move(batch, self.device, self.non_blocking)
+        return batch
+
+    def _refuse_leak(self, modes: tuple[bool, ...]) -> None:
+        self._failed = True
+        if isinstance(self._iterator, types.GeneratorType):
+            self._iterator.close()  # leaves its `with`
+        torch.set_grad_enabled(modes[0])
+        raise RuntimeError(
+            f"{self.name}: its source left gradients, inference_mode or autocast switched. Move its yield out of the "
+            "`with torch.no_grad():` block; only the work goes inside."
+        )
 
     def peek(self) -> bool:
         """Whether another batch comes; fetches it if need be."""
@@ -155,11 +172,14 @@ class Source:
         now, taken, start = get_generators(), self.taken, self._at_start
         if start is None:
             return
-        if isinstance(self._iterator, types.GeneratorType) and self._iterator is self.given:
-            raise RuntimeError(
-                f"{self.name}: its source is a generator, and the exception ended it. Give a function that makes it "
-                "anew (lambda: ...), and its place can be found again."
-            )
+        if self._iterator is not None and self._iterator is self.given:  # it can only go on
+            if isinstance(self.given, types.GeneratorType) and self.given.gi_frame is None:
+                raise RuntimeError(
+                    f"{self.name}: its source is a generator, and the exception ended it. Give a function that makes "
+                    "it anew (lambda: ...), and its place can be found again."
+                )
+            self._failed = False
+            return
         set_generators(start["process"])
         self.set_own_generators(start["own"])
         self._iterator = self._iterate(self.begun - 1)
@@ -174,14 +194,17 @@ class Source:
                     raise
         self._failed = False
         self._ahead = _NOTHING
-        set_generators(now)
+        if taken:  # at the first batch the order is drawn; it must be drawn as it was
+            set_generators(now)
 
     def skip_failed(self) -> None:
         """Count the batch that could not be fetched as taken."""
-        if self._failed and isinstance(self._iterator, types.GeneratorType):
+        own = isinstance(self.given, DataLoader) and isinstance(self.given.dataset, IterableDataset)
+        if self._failed and (own or isinstance(self._iterator, types.GeneratorType)):
             raise RuntimeError(
-                f"{self.name}: its source is a generator, and the exception ended it; there is nothing to go on with."
+                f"{self.name}: its source is a generator, and the exception ended it; there is nothing to skip to."
             )
+        self._unmoved = _NOTHING
         self._failed = False
         self.taken += 1
 
@@ -202,9 +225,11 @@ class Source:
 
     def release(self) -> None:
         """Let workers go; the next fetch finds the place again."""
-        if isinstance(self.given, DataLoader) and self.given.num_workers > 0 and self._iterator is not None:
-            self._iterator = None
-            self._failed = True
+        if isinstance(self.given, DataLoader) and self.given.num_workers > 0:
+            if self.given.persistent_workers:
+                self.given._iterator = None  # the loader itself holds on to them
+            self._failed = self.under_way
+            self._iterator, self._ahead = None, _NOTHING
 
     def own_generators(self) -> list[torch.Tensor]:
         """State of the generators that a loader draws its order from, if it has its own."""
@@ -229,15 +254,25 @@ class Source:
         self._failed = self._at_start is not None
 
 
+def _modes() -> tuple[bool, ...]:
+    """The modes of torch that a generator can leave switched."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+def _parts(loader: Any) -> list[Any]:
+    """A loader and its samplers."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    return [loader, *{id(sampler): sampler for sampler in samplers}.values()]
+
+
 def _samplers(loader: Any) -> list[Any]:
     """The samplers of a loader that want to know the number of the walk."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    candidates = [getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
-    unique = {id(sampler): sampler for sampler in candidates if hasattr(sampler, "set_epoch")}
-    return list(unique.values())
+    return [sampler for sampler in _parts(loader)[1:] if hasattr(sampler, "set_epoch")]
 
 
 def _generators_of(loader: Any) -> list[torch.Generator]:
-    sampler = getattr(loader, "sampler", None)
-    found = [getattr(loader, "generator", None), getattr(sampler, "generator", None)]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
+    """The generators of its own that a loader draws its order from."""
+    found = {id(g): g for part in _parts(loader) if isinstance(g := getattr(part, "generator", None), torch.Generator)}
+    return list(found.values())

@@ -120,7 +120,7 @@ class State:
     loss: Tensor | None = None
     num_samples: int = attrs.field(default=1, repr=False)
     metrics: dict[str, Any] = attrs.field(factory=dict)
-    lr: float | None = None
+    lr: float | None = attrs.field(default=None, repr=lambda lr: f"{lr:g}" if isinstance(lr, float) else repr(lr))
     grad_norm: Tensor | None = attrs.field(default=None, repr=False)
     updates: bool = False
     dropped: bool = attrs.field(default=False, repr=False)

@@ -78,9 +78,7 @@ def test_python_calls_of_a_training_iteration(tmp_path):
     run = lt.workflow([(phase | lt.optimize(optimizer, max_norm=1.0), 1)], max_epochs=3)
     run = run | lt.log(tmp_path, every=50, line=None) | lt.checkpoint(tmp_path)
 
-    more = frames(lambda: next(run)) - (
-        frames(lambda: next(by_hand)) - 1
-    )  # less the generator that by hand does not need
+    more = frames(lambda: next(run)) - (frames(lambda: next(by_hand)) - 1)  # by hand without its generator
 
     assert parts(run) == 8
     assert more <= 15 + 2 * parts(run)

@@ -181,12 +181,11 @@ def test_what_is_no_middleware_is_refused_where_it_is_piped(batches, what):
 
 
 def test_a_recipe_that_was_not_called_says_to_call_it(batches):
-    """`phase | lt.optimize` without its optimizer."""
-    run = lt.workflow([(phase(batches) | lt.optimize, 1)], max_epochs=1)
-
-    with pytest.raises(TypeError, match="optimize: optimizer must be a torch.optim.Optimizer") as caught:
-        next(run)
-    assert any("call it first: optimize(...)" in note for note in caught.value.__notes__)
+    """`phase | lt.optimize` without its optimizer, or the optimizer itself."""
+    with pytest.raises(TypeError, match=r"optimize takes options. Call it first: optimize\(...\)"):
+        phase(batches) | lt.optimize
+    with pytest.raises(TypeError, match=r"got a SGD. Write lt.optimize\(optimizer\)"):
+        phase(batches) | torch.optim.SGD([torch.ones(1)], lr=0.1)
 
 
 def test_pipe_is_plain_nesting(model, sgd):
@@ -259,3 +258,52 @@ def test_workers_are_released_by_sleep_and_the_place_is_found_again():
         return torch.cat(seen)
 
     assert torch.equal(order(True), order(False))
+
+
+def test_a_state_that_an_earlier_part_made_the_last_is_not_given_to_a_later_dropper(batches):
+    """The first part drops the last state while the second waits for its next: the second's loop is over."""
+    seen = []
+
+    def second(states):
+        for state in states:
+            seen.append((state.index, state.dropped))
+            if state.index != 1:
+                yield state
+
+    run = lt.workflow([(phase(batches) | keep(lambda state: state.index != 2) | second, 1)], max_epochs=1)
+
+    assert [state.index for state in run] == [0]
+    assert seen == [(0, False), (1, False)]
+    assert run.results == {"train/x": 1.0}
+
+
+def test_a_part_that_does_not_yield_is_named_before_it_takes_anything(batches):
+    """A loop without `yield` would walk through the whole pass when it is called."""
+
+    def silent(states):
+        for _ in states:
+            pass
+
+    run = lt.workflow([(phase(batches) | silent, 1)], max_epochs=1)
+
+    with pytest.raises(TypeError, match="train/silent asked for a state before it returned an iterator"):
+        next(run)
+    assert run.failed.state.index == 0
+
+
+def test_metrics_are_kept_as_they_were(model, sgd, batches):
+    """A parameter among them is copied before the update moves it; the loop's body may change `metrics`."""
+    step = lambda model, batch: {"loss": model(batch), "w": model.w}  # noqa: E731
+    run = lt.workflow([(lt.train(model, batches, step) | lt.optimize(sgd), 1)], max_epochs=1)
+
+    for state in run:
+        state.metrics.clear()
+
+    assert run.results["train/w"] == (3 + 2 + 0) / 3
+
+
+@pytest.mark.parametrize("part", [lt.log(line=None), lt.checkpoint("nowhere")])
+def test_parts_that_read_results_belong_onto_the_run(batches, part):
+    """In a phase they would come before `average`, and show the pass before."""
+    with pytest.raises(TypeError, match=r"pipe it onto the run, not onto a phase: lt.workflow\(...\) \| lt\."):
+        next(lt.workflow([(phase(batches) | part, 1)], max_epochs=1))

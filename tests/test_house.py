@@ -240,7 +240,7 @@ def test_the_core_can_be_read_in_one_sitting():
         )
 
     core = ["state.py", "pipeline.py", "phases.py", "cursor.py", "links.py", "passes.py"]
-    assert sum(map(code_lines, core)) < 680
+    assert sum(map(code_lines, core)) < 700
     assert max(map(code_lines, TREES)) < 300
 
 

@@ -159,7 +159,7 @@ def test_a_source_that_leaks_a_mode_is_named():
 
     run = lt.workflow([(lt.train(None, rollouts(), lambda m, b: {"x": b}), lt.iterations(3))], max_epochs=1)
 
-    with pytest.raises(RuntimeError, match="train: its source left gradients switched off. Move its yield out of"):
+    with pytest.raises(RuntimeError, match="train: its source left gradients, inference_mode or autocast"):
         next(run)
     assert torch.is_grad_enabled()
 
@@ -186,3 +186,35 @@ def test_autocast_is_around_the_step_alone():
 def test_piped_is_used():
     """The plain case of the other tests trains at all."""
     assert piped(Case()).to_end()["train/accuracy"] > 0
+
+
+def test_a_part_of_a_model_that_is_validated_by_itself_comes_back_to_train_mode():
+    """`validate(model.inner)` switches the inner model only; the next training pass finds it switched back."""
+    inner = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(), torch.nn.BatchNorm1d(1))
+    inner[2].eval()
+    outer = torch.nn.Sequential(inner)
+    step = lambda model, batch: model(batch).mean()  # noqa: E731
+    phases = [lt.train(outer, [torch.ones(2, 1)], step), lt.validate(inner, [torch.ones(2, 1)], step)]
+
+    seen = [
+        (outer.training, inner.training, inner[1].training, inner[2].training)
+        for _ in lt.workflow([(phase, 1) for phase in phases], max_epochs=2)
+    ]
+
+    assert seen == [(True, True, True, False), (True, False, False, False)] * 2
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu"), torch.no_grad])
+def test_every_leaked_mode_is_named_and_left(mode):
+    """A generator that is closed leaves its `with`; the caller's modes are as before."""
+
+    def leaking():
+        with mode():
+            yield torch.ones(1)
+
+    before = modes()
+    run = lt.workflow([(lt.train(None, leaking, lambda m, b: {"x": b}), 1)], max_epochs=1)
+
+    with pytest.raises(RuntimeError, match="its source left gradients, inference_mode or autocast switched"):
+        next(run)
+    assert modes() == before

@@ -252,3 +252,45 @@ def test_zip_of_two_phases_is_sound(batches):
     assert modes == [(True, 0.0, False)] * 3
     next(iter(train))
     assert (model.training, model[0].training, model[1].training) == (True, True, False)
+
+
+def test_a_phase_in_place_of_the_list_is_refused(batches):
+    """`workflow(train, ...)` would walk through the phase."""
+    with pytest.raises(TypeError, match=r"give a list of pairs \(phase, n\).* got a phase"):
+        lt.workflow(phases({"t": 1})["t"], max_epochs=1)
+
+
+def test_extending_in_the_middle_of_a_pass_that_the_bound_cut_short():
+    """The pass goes on to the source's own length."""
+    run = lt.workflow([(phases({"t": 7})["t"], 1)], max_iterations=10)
+    list(run.take(8))
+
+    run.extend(max_iterations=20)
+
+    assert [state.index for state in run] == [1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5]
+
+
+def test_a_run_by_rounds_can_be_extended():
+    """An evaluation alone has rounds for its bound."""
+    run = lt.workflow([(phases({"v": 2})["v"], 1)], max_rounds=1)
+    run.to_end()
+    run.extend(max_rounds=2)
+
+    assert len(list(run)) == 2
+
+
+def test_results_say_what_is_known(model, batches):
+    """A misspelt metric lists the others."""
+    run = lt.workflow([(lt.train(model, batches, lambda model, batch: model(batch)), 1)], max_epochs=1)
+
+    with pytest.raises(KeyError, match="nobody has written 'train/acc'; known are train/loss"):
+        run.to_end()["train/acc"]
+
+
+@pytest.mark.parametrize("verb", ["close", "reset"])
+def test_closing_from_within_an_iteration_is_refused(batches, verb):
+    """`state.stop` is what ends a run from inside."""
+    run = lt.workflow([(lt.train(None, batches, lambda m, b: getattr(run, verb)()), 1)], max_epochs=1)
+
+    with pytest.raises(RuntimeError, match=f"{verb}: the run is at work.* End it with state.stop"):
+        next(run)

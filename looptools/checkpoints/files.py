@@ -7,10 +7,12 @@ import io
 import json
 import os
 import tempfile
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 
 MANIFEST = "checkpoints.json"
@@ -37,7 +39,7 @@ def require_own(folder: Path, resumed_from: Path | None) -> None:
     Raises:
         FileExistsError: If it is so.
     """
-    entries = read_manifest(folder)
+    entries = read_manifest(folder).checkpoints
     if entries and (resumed_from is None or resumed_from.resolve().parent != folder.resolve()):
         raise FileExistsError(
             f"checkpoint: {folder} holds the checkpoints of another run, the newest of epoch {entries[-1]['epoch']}. "
@@ -53,8 +55,39 @@ def serialize(tree: dict[str, Any]) -> bytes:
 
 
 def load(path: Path) -> Any:
-    """Read a ``.pt`` file, onto the CPU; no code in it can run."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read a ``.pt`` file, onto the CPU; no code in it can run.
+
+    Raises:
+        RuntimeError: If it is not what was written: by the manifest beside it, else by the checksums within.
+    """
+    known = read_known(path)
+    wrong = damage(path, known) if known is not None else _damage_within(path)
+    if wrong:
+        raise RuntimeError(f"resume: {path} is damaged: {wrong}.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's own errors, of many kinds
+        raise RuntimeError(f"resume: {path} cannot be read: {error}") from error
+
+
+def read_known(path: Path) -> dict[str, Any] | None:
+    """What the manifest beside a file says of it, if it does."""
+    try:
+        manifest = read_manifest(path.parent)
+    except RuntimeError:
+        return None
+    entries = [*manifest.checkpoints, *([manifest.best] if manifest.best else [])]
+    return next((entry for entry in reversed(entries) if entry["file"] == path.name), None)
+
+
+def _damage_within(path: Path) -> str:
+    """What the checksums of a ``.pt`` file, which is a zip archive, say; torch.load does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        return str(error)
+    return "" if bad is None else f"the checksum of {bad} is wrong"
 
 
 def write(path: Path, data: bytes) -> None:
@@ -83,18 +116,35 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The checkpoints of a folder, oldest first; none if there is no manifest."""
+@attrs.define
+class Manifest:
+    """What a folder holds: its checkpoints, oldest first, and ``best.pt``."""
+
+    checkpoints: list[dict[str, Any]] = attrs.field(factory=list)
+    best: dict[str, Any] | None = None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checkpoints of a folder; none if it is a new one.
+
+    Raises:
+        RuntimeError: If the manifest cannot be read, or is missing beside checkpoints.
+    """
     path = folder / MANIFEST
     if not path.exists():
-        return []
-    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["checkpoints"]
-    return sorted(entries, key=lambda entry: entry["number"])
+        if any(folder.glob("epoch_*.pt")):
+            raise RuntimeError(f"checkpoint: {folder} holds checkpoints but no {MANIFEST}. Resume from a file.")
+        return Manifest()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Manifest(sorted(content["checkpoints"], key=lambda entry: entry["number"]), content.get("best"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"checkpoint: {path} cannot be read ({error}). Resume from a file beside it.") from error
 
 
-def write_manifest(folder: Path, entries: list[dict[str, Any]]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest."""
-    text = json.dumps({"format": 1, "checkpoints": entries}, indent=1) + "\n"
+    text = json.dumps({"format": 1, **attrs.asdict(manifest)}, indent=1) + "\n"
     write(folder / MANIFEST, text.encode())
 
 
@@ -103,9 +153,8 @@ def describe(data: bytes) -> dict[str, int]:
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
 
-def damage(folder: Path, entry: dict[str, Any]) -> str:
+def damage(path: Path, entry: dict[str, Any]) -> str:
     """What is wrong with the file of a manifest's entry; empty if it is sound."""
-    path = folder / entry["file"]
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..middleware.checkpoint import checkpoint
 from .files import damage, load, read_manifest
-from .tree import restore
+from .tree import FORMAT, restore
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -37,6 +37,8 @@ def resume(run: Run, path: str | Path | None) -> Path | None:
     file, tree = _read(place) if place.is_file() else _newest(place)
     if file is None:
         return None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise RuntimeError(f"resume: {file} is not a checkpoint of a run. Weights alone are loaded by torch.load.")
     if not tree.get("border"):
         raise RuntimeError(f"resume: {file} was saved within a round; only the end of a round can be gone on from.")
     restore(run, tree)
@@ -57,7 +59,7 @@ def _read(path: Path) -> tuple[Path | None, Any]:
 
 def _newest(folder: Path) -> tuple[Path | None, Any]:
     """The newest checkpoint of a folder that was saved at a round's end and is sound."""
-    entries = read_manifest(folder)
+    entries = read_manifest(folder).checkpoints
     if not entries:
         return None, None
     candidates = [entry for entry in reversed(entries) if entry["border"]]
@@ -67,7 +69,7 @@ def _newest(folder: Path) -> tuple[Path | None, Any]:
             "can be gone on from. Save at lt.rounds(1)."
         )
     for entry in candidates:
-        wrong = damage(folder, entry)
+        wrong = damage(folder / entry["file"], entry)
         if not wrong:
             return _read(folder / entry["file"])
         warnings.warn(f"resume: {folder / entry['file']} is damaged: {wrong}. Trying the one before.", stacklevel=4)

@@ -33,7 +33,8 @@ def save(run: Run, folder: Path, *, keep: int | None = None, best: highest | Non
     """
     state = run.state
     border = state is not None and state.round_last
-    entries = read_manifest(folder)
+    manifest = read_manifest(folder)
+    entries = manifest.checkpoints
     progress = run.progress
     name = _free_name(f"epoch_{progress.epoch:04d}-iteration_{progress.iteration:06d}", entries)
     before = dict(run.best)
@@ -49,8 +50,13 @@ def save(run: Run, folder: Path, *, keep: int | None = None, best: highest | Non
     facts: dict[str, Any] = {"number": entries[-1]["number"] + 1 if entries else 1, "file": name}
     facts |= {"epoch": progress.epoch, "iteration": progress.iteration, "round": progress.round, "border": border}
     entries.append(facts | describe(data))
+    if is_best:
+        manifest.best = {"file": "best.pt"} | describe(data)
     old = entries[:-keep] if keep is not None else []
-    write_manifest(folder, entries[len(old) :])
+    newest_border = next((entry for entry in reversed(entries) if entry["border"]), None)
+    old = [entry for entry in old if entry is not newest_border]  # the one that resume() would take
+    manifest.checkpoints = [entry for entry in entries if entry not in old]
+    write_manifest(folder, manifest)
     for entry in old:
         with contextlib.suppress(OSError):
             (folder / entry["file"]).unlink()
@@ -68,11 +74,13 @@ def _free_name(stem: str, entries: list[dict[str, Any]]) -> str:
 
 def _take_best(run: Run, best: highest, border: bool) -> bool:
     """Whether the newest result is the best so far; then it is noted in ``run.best``."""
+    phase, _, metric = best.metric.rpartition("/")
+    rows = [row for row in run.history if row["phase"] == phase and metric in row]
+    if border and not rows:  # after a whole round everybody has written
+        known = ", ".join(sorted(run.results)) or "none"
+        raise LookupError(f'best: no part writes "{best.metric}"; known are {known}.')
     value = run.results.get(best.metric)
-    if value is None:
-        if border:  # after a whole round everybody has written
-            known = ", ".join(sorted(run.results)) or "none"
-            raise LookupError(f'best: no part writes "{best.metric}"; known are {known}.')
+    if value is None or rows[-1]["trained"] != run.progress.iteration:  # it was measured on other weights
         return False
     so_far = run.best.get(best.metric, {}).get("value")
     if not best.better(value, so_far):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from ..run import Run
 
 FORMAT = 1
-PLAIN = (str, int, float, bool, type(None), Tensor)
+PLAIN = {str, int, float, bool, type(None), torch.Size, torch.dtype, torch.device}
+CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
 
 
 def capture(run: Run, *, border: bool) -> dict[str, Any]:
@@ -76,7 +78,9 @@ def restore(run: Run, tree: dict[str, Any]) -> None:
     optimizers = inventory(cursor).optimizers
     cursor.progress.updates = {optimizers[name]: n for name, n in updates.items() if n}
     cursor.passes.place = Place(*tree["place"])
-    run.results, run.history, run.best = dict(tree["results"]), list(tree["history"]), dict(tree["best"])
+    run.results.clear()
+    run.results.update(tree["results"])
+    run.history, run.best = list(tree["history"]), dict(tree["best"])
     for slot in cursor.slots:
         remember(slot.part, tree["parts"][slot.name])
     for key, source in cursor.passes.sources.items():
@@ -101,8 +105,6 @@ def _stateful(cursor: Cursor) -> dict[str, dict[str, Any]]:
 
 def differences(cursor: Cursor, tree: dict[str, Any]) -> list[str]:
     """What keeps *tree* from being loaded, in words."""
-    if tree.get("format") != FORMAT:
-        return [f"its format is {tree.get('format')!r}; this version reads {FORMAT}"]
     found = []
     if tree["pipe"] != pipe_names(cursor):
         found.append(f"the pipe: saved {', '.join(tree['pipe'])}; here {', '.join(pipe_names(cursor))}")
@@ -161,19 +163,19 @@ def require_plain(value: Any, where: str) -> None:
     Raises:
         TypeError: With the place of the value.
     """
+    if isinstance(value, Tensor) or type(value) in PLAIN:
+        return
+    if type(value) not in CONTAINERS:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(
+            f"{where} is a {kind}, which could not be loaded safely. Keep plain numbers, strings, lists, dictionaries "
+            "and tensors, or begin the field's name with _ if it need not be saved."
+        )
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str | int | float | bool | tuple):
                 raise TypeError(f"{where}: the key {key!r} cannot be saved; keys must be strings or numbers.")
             require_plain(item, f"{where}/{key}")
-    elif isinstance(value, list | tuple | set):
+    else:
         for number, item in enumerate(value):
             require_plain(item, f"{where}[{number}]")
-    elif not isinstance(value, PLAIN):
-        raise TypeError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which could not be loaded safely. "
-            "Keep plain numbers, strings, lists, dictionaries and tensors, or begin the field's name with _ if it "
-            "need not be saved."
-        )
-    elif isinstance(value, float | int | str) and type(value).__module__ == "numpy":
-        raise TypeError(f"{where} is a NumPy scalar, which could not be loaded again safely. Keep float(value).")

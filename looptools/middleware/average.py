@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import attrs
 
 from ..checks import whole
 from ..means import FOLD_AT, Means
 from ..state import State
+
+if TYPE_CHECKING:
+    from ..run import Run
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
@@ -38,14 +42,18 @@ class average:
     def __attrs_post_init__(self) -> None:
         self.means = Means(self.window)
 
+    def on_pass(self, run: Run) -> None:
+        """Begin the means of a new pass."""
+        self.means.clear()
+
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         means = self.means
         for state in states:
             last = state.last  # may fetch a batch, and fail: so before anything is counted
-            if state.first:
+            if state.first:  # in a pipe without a run; there, on_pass does it
                 means.clear()
             if not state.dropped:
-                means.entries.append((state.metrics, state.num_samples))
+                means.entries.append((state.metrics.copy(), state.num_samples))
                 if len(means.entries) >= FOLD_AT:
                     means.fold()
                 state.committed = state.committed or "average has counted it"

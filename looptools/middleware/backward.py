@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 from torch.amp.grad_scaler import GradScaler
@@ -11,6 +12,10 @@ from torch.optim import Optimizer
 
 from ..checks import is_optimizer, whole
 from ..state import State
+from .update import MOVED
+
+if TYPE_CHECKING:
+    from ..run import Run
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
@@ -20,7 +25,8 @@ class backward:
     The gradients of the optimizer's parameters are zeroed when a window opens, just before backward, so that
     they can be looked at after the update. Each loss is divided by the number of iterations in its window; the
     last window of a pass may be shorter. Where the pass does not know its length, a short last window's
-    gradients are multiplied up instead when it closes. Sets ``state.updates`` where a window closes.
+    gradients are multiplied up instead when it closes. Sets ``state.updates`` where a window closes. If the last
+    state of a pass is dropped before it comes here, an open window makes no update, which is said.
 
     Args:
         optimizer: Its gradients are zeroed.
@@ -46,17 +52,30 @@ class backward:
     )
     filled: int = attrs.field(default=0, init=False, repr=False)  # iterations in the open window
     share: int = attrs.field(default=1, init=False, repr=False)  # what their losses are divided by
+    _closed: State | None = attrs.field(default=None, init=False, repr=False)  # the last one that was unscaled
     redo_from: ClassVar[str] = "forward"  # after a failure here the graph may be gone
+
+    def on_pass(self, run: Run) -> None:
+        """A new pass opens a new window."""
+        if self.filled:
+            warnings.warn(
+                f"backward: the gradients of the last {self.filled} batches made no update: the last state of their "
+                "pass was dropped before it came here.",
+                stacklevel=2,
+            )
+        self.filled = 0
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:
             loss: Any = state.loss
             if loss is None or not loss.requires_grad:
                 self._refuse(state)
-            if state.first:
+            if state.first:  # in a pipe without a run; there, on_pass does it
                 self.filled = 0
             closes = self.filled + 1 >= self.accumulate or state.last  # may fetch a batch: before gradients change
             if not self.filled:
+                if self._closed is not None:
+                    self._forget_dropped(self._closed)
                 self.optimizer.zero_grad()
                 length = None if state.plan is None else state.plan.length
                 self.share = self.accumulate if length is None else min(self.accumulate, length - state.index)
@@ -69,11 +88,20 @@ class backward:
                 self._even_out()
             if closes:
                 self.filled = 0
+            if self.scaler is not None and closes:
+                self._closed = state
             if self.accumulate > 1:
                 state.committed = "its gradients are in the accumulation window already"
             elif self.scaler is not None:
                 state.committed = "its gradients are unscaled already"
             yield state
+
+    def _forget_dropped(self, closed: State) -> None:
+        """Tell the scaler, if what it unscaled last was dropped before the update."""
+        if closed.dropped and closed.committed != MOVED:
+            assert self.scaler is not None
+            self.scaler.update()
+        self._closed = None
 
     def updates_in(self, length: int) -> int:
         """Windows that close in a pass of *length* iterations."""

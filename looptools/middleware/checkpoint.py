@@ -62,6 +62,7 @@ class checkpoint:
 
     def on_build(self, run: Run) -> None:
         """See that the folder can be written to."""
+        run.require_run_scope(self)
         run.require_folder(self.folder, "checkpoint")
 
     def on_start(self, run: Run) -> None:

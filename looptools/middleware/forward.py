@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..devices import count_samples, model_device
-from ..modes import set_mode
+from ..modes import Switches, settle
 from ..pipeline import name_of
 from ..state import State
 
@@ -66,6 +67,8 @@ class forward:
     _device: torch.device | None = attrs.field(default=None, init=False, repr=False)
     _seen: Callable[[], State | None] | None = attrs.field(default=None, init=False, repr=False)
     _drawn: list[Tensor] = attrs.field(factory=list, init=False, repr=False)
+    _switches: int = attrs.field(default=-1, init=False, repr=False)
+    _own: set[int] = attrs.field(factory=set, init=False, repr=False)
     _generators: list[torch.Generator] = attrs.field(factory=list, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -75,10 +78,10 @@ class forward:
         call = self._call is not None
         for state in states:
             model = state.model
-            if isinstance(model, Module) and model.training is not state.trains:
-                set_mode(model, state.trains)
+            if self._switches != Switches.count or (isinstance(model, Module) and model.training is not state.trains):
+                self._settle(model, state.trains)
             if state.first or self._device is None:
-                self._find_device(model)
+                self._look_at(model)
             if self._seen is not None and self._seen() is state:
                 for generator, drawn in zip(self._generators, self._drawn, strict=True):
                     generator.set_state(drawn)
@@ -111,8 +114,16 @@ class forward:
         buffers = state.trains and isinstance(state.model, Module) and next(state.model.buffers(), None) is not None
         return "the model's buffers (BatchNorm statistics) may have taken this batch in already" if buffers else ""
 
-    def _find_device(self, model: Any) -> None:
-        """Once a pass: where the model is, and so which generators its layers draw from."""
+    def _settle(self, model: Any, training: bool) -> None:
+        """Some model was switched since the last state, or this one is in the other mode."""
+        if isinstance(model, Module):
+            settle(model, training)
+        self._switches = Switches.count
+
+    def _look_at(self, model: Any) -> None:
+        """Once a pass: where the model is, which generators its layers draw from, and what tensors are its own."""
+        tensors = itertools.chain(model.parameters(), model.buffers()) if isinstance(model, Module) else ()
+        self._own = {id(tensor) for tensor in tensors}
         self._device = model_device(model) or torch.device("cpu")
         self._generators = [torch.default_generator]
         if self._device.type == "cuda":
@@ -158,10 +169,11 @@ class forward:
         metrics = state.metrics
         for key, value in outputs.get("log_vars", outputs).items():
             if isinstance(value, Tensor):
-                if value.ndim == 0:
-                    metrics[key] = value.detach() if value.requires_grad else value
-                elif value.numel() == 1:
-                    metrics[key] = value.detach().reshape(())
+                if value.numel() == 1 and not value.is_complex():
+                    value = value.detach() if value.requires_grad else value
+                    if id(outputs.get(key)) in self._own or value._is_view():  # the update will change it
+                        value = value.clone()
+                    metrics[key] = value if value.ndim == 0 else value.reshape(())
             elif isinstance(value, int | float) and key != "num_samples":
                 metrics[key] = value
         if loss is not None and "loss" not in metrics:

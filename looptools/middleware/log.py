@@ -72,19 +72,24 @@ class log:
 
     def on_build(self, run: Run) -> None:
         """See that the folder can be written to, before the first iteration."""
+        run.require_run_scope(self)
         if self.folder is not None:
             run.require_folder(self.folder, "log")
+
+    def on_pass(self, run: Run) -> None:
+        """Note when the pass began, and begin a new bar."""
+        self._began = run.seconds
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         due: Any = self.every
         since = self.since
         for state in states:
             if not state.replayed:
-                if state.first:
-                    self._began = 0.0 if state.run is None else state.run.seconds
                 if state.trains and not state.dropped:
                     norm = state.grad_norm
-                    values = state.metrics if norm is None else {**state.metrics, "grad_norm": norm}
+                    values = state.metrics.copy() if norm is None else {**state.metrics, "grad_norm": norm}
                     since.entries.append((values, state.num_samples))
                     if len(since.entries) >= FOLD_AT:
                         since.fold()

@@ -18,6 +18,9 @@ def _steps_alone(part: update, field: object, optimizer: Optimizer) -> None:
         raise TypeError("update: LBFGS evaluates the loss several times a step (a closure), which update does not do.")
 
 
+MOVED = "update has moved the weights"
+
+
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
 class update:
     """Step the optimizer on iterations that update, and count it in ``run.progress.updates``.
@@ -50,7 +53,7 @@ class update:
             if state.lr is None:
                 state.lr = self.optimizer.param_groups[0]["lr"]
             if state.updates:
-                state.committed = "update has moved the weights"
+                state.committed = MOVED
                 if self.scaler is None:
                     self.optimizer.step()
                 else:

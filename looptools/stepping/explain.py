@@ -27,6 +27,9 @@ def explain(cursor: Cursor) -> str:
         rows.append(("  1 batches", _source(phase, source)))
         for number, slot in enumerate(cursor.lines[id(phase)], 2):
             rows.append((f"  {number} {slot.name.rpartition('/')[2]}", _options(slot.part)))
+        moves = any(hasattr(getattr(slot.part, "optimizer", None), "step") for slot in cursor.lines[id(phase)])
+        if phase.trains and not moves:
+            rows.append(("", "no part here moves the weights: lt.optimize(optimizer) would"))
     if cursor.run_slots:
         rows.append(("run", "behind every phase, one instance throughout"))
         for number, slot in enumerate(cursor.run_slots, 1):
@@ -69,14 +72,32 @@ def _entry(entry: Entry) -> str:
 
 
 def _source(phase: Phase, source: Source) -> str:
-    length = "length unknown" if source.length is None else f"{source.length} batches a walk"
+    length = "length unknown" if source.length is None else f"{source.length} batches"
     where = "" if phase.device is None else f", to device {phase.device!r}"
     return f"{type(phase.source).__name__}, {length}{where}"
 
 
 def _options(part: Any) -> str:
-    """What was typed, without the name: of ``clip_grad_norm(<3 tensors>, max_norm=1.0)`` what stands in brackets."""
-    if not attrs.has(type(part)):
+    """The options that were given: those at their default go without saying."""
+    kind: Any = type(part)
+    if not attrs.has(kind):
         return ""
-    text = repr(part)
-    return text[text.index("(") + 1 : -1] if "(" in text else text
+    given = []
+    for field in attrs.fields(kind):
+        if field.init and field.repr is not False and not _is_default(field, getattr(part, field.name)):
+            show = field.repr if callable(field.repr) else repr
+            given.append(f"{field.name}={show(getattr(part, field.name))}")
+    return ", ".join(given)
+
+
+def _is_default(field: Any, value: Any) -> bool:
+    default = field.default
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        default = default.factory()
+    if default is not attrs.NOTHING and field.converter is not None:
+        default = field.converter(default)
+    return (
+        value is default
+        or (attrs.has(type(value)) and bool(value == default))
+        or (isinstance(value, str | int | float) and value == default)
+    )

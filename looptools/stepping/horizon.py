@@ -51,18 +51,19 @@ def total(cursor: Cursor, by: str, optimizer: Optimizer | None) -> int | None:
     return updates
 
 
-def extend(run: Run, max_epochs: int | None, max_iterations: int | None) -> None:
+def extend(run: Run, max_epochs: int | None, max_iterations: int | None, max_rounds: int | None) -> None:
     """Move the end of the run; schedules stretch to the new one.
 
     Raises:
         ValueError: If neither bound is given, or the run has gone past it.
     """
     cursor = run.cursor
-    bounds = {"max_epochs": max_epochs, "max_iterations": max_iterations}
+    bounds = {"max_epochs": max_epochs, "max_iterations": max_iterations, "max_rounds": max_rounds}
     given = {name: whole_number(f"extend: {name}", bound) for name, bound in bounds.items() if bound is not None}
     if not given:
-        raise ValueError("extend: give max_epochs= or max_iterations=.")
-    done = {"max_epochs": cursor.progress.epoch, "max_iterations": cursor.progress.iteration}
+        raise ValueError("extend: give max_epochs=, max_iterations= or max_rounds=.")
+    progress = cursor.progress
+    done = {"max_epochs": progress.epoch, "max_iterations": progress.iteration, "max_rounds": progress.round}
     for name, bound in given.items():
         if bound < done[name]:
             raise ValueError(f"extend: {name}={bound} is already behind: {done[name]} are done.")
@@ -70,6 +71,7 @@ def extend(run: Run, max_epochs: int | None, max_iterations: int | None) -> None
         cursor.passes.agenda,
         max_epochs=given.get("max_epochs", cursor.passes.agenda.max_epochs),
         max_iterations=given.get("max_iterations", cursor.passes.agenda.max_iterations),
+        max_rounds=given.get("max_rounds", cursor.passes.agenda.max_rounds),
     )
     cursor.passes.stretch()
     cursor.ended = cursor.stopping = ""

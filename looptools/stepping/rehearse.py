@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
-from torch import Tensor
 
 from ..agenda import Agenda, Entry
 from ..checkpoints.inventory import inventory
@@ -47,13 +46,16 @@ def rehearse(run: Run, batches: int) -> dict[str, float]:
                 "Give a function that makes it anew (lambda: ...)."
             )
         phases[id(phase)] = phase.limit(batches)
+    lengths = cursor.passes.lengths
     entries = [
-        Entry(phases[id(e.phase)], 1, None if e.batches is None else min(e.batches, batches))
+        Entry(phases[id(e.phase)], 1, min(batches, e.batches or batches, lengths[id(e.phase)] or batches))
         for e in cursor.passes.agenda.entries
         if isinstance(e.phase, Phase)
     ]
     with tempfile.TemporaryDirectory() as folder:
         middlewares = tuple(_into(part, Path(folder)) for part in run._middlewares)
+        for source in cursor.passes.sources.values():
+            source.release()  # workers that a loader keeps would serve the rehearsal
         kept = _Kept(cursor)
         trial = type(run)(Agenda(tuple(entries), max_rounds=1), middlewares)
         try:
@@ -82,7 +84,7 @@ class _Kept:
         found = inventory(cursor)
         self.modules = list(found.modules.values())
         self.objects: list[Any] = [*found.optimizers.values(), *found.scalers.values(), *found.schedulers.values()]
-        self.values = [_copy(module.state_dict()) for module in self.modules]
+        self.values = [[(t, _clone(t)) for t in (*m.parameters(), *m.buffers())] for m in self.modules]
         self.states = [copy.deepcopy(thing.state_dict()) for thing in self.objects]
         self.grads = [[_clone(p.grad) for p in module.parameters()] for module in self.modules]
         self.flags = [[(m, m.training) for m in module.modules()] for module in self.modules]
@@ -92,7 +94,8 @@ class _Kept:
 
     def put_back(self) -> None:
         for module, values, grads, flags in zip(self.modules, self.values, self.grads, self.flags, strict=True):
-            module.load_state_dict(values)
+            for tensor, value in values:
+                tensor.data.copy_(value)
             for parameter, grad in zip(module.parameters(), grads, strict=True):
                 parameter.grad = grad
             for submodule, training in flags:
@@ -106,7 +109,3 @@ class _Kept:
 
 def _clone(tensor: Any) -> Any:
     return None if tensor is None else tensor.detach().clone()
-
-
-def _copy(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: _clone(value) if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in values.items()}

@@ -76,4 +76,8 @@ def carry_memory(old: Any, new: Any) -> None:
     elif attrs.has(type(new)):
         for field in attrs.fields(type(new)):
             if not field.init and not field.name.startswith("_"):
-                setattr(new, field.name, getattr(old, field.name))
+                value = getattr(old, field.name)
+                if hasattr(value, "load_state_dict"):
+                    getattr(new, field.name).load_state_dict(value.state_dict())
+                else:
+                    setattr(new, field.name, value)

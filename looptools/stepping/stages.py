@@ -28,7 +28,12 @@ def stages(cursor: Cursor) -> Iterator[tuple[str, State]]:
     Yields:
         The part's full name, and the state as it left it. Between two, the run is not at work.
     """
-    cursor.unseen = None  # a state that Ctrl-C kept back is finished, there is nothing to walk through
+    unseen, cursor.unseen = cursor.unseen, None
+    if unseen is not None:  # Ctrl-C kept it back when it was finished: there is nothing more to walk through
+        yield cursor.line[-1].name, unseen
+        return
+    if cursor.state is not None and cursor.at >= len(cursor.line) and cursor.failed is None:
+        at_work(cursor, lambda: _finish(cursor))  # left behind its last part: seen already
     if cursor.state is None:
         cursor.failed = None
         if not at_work(cursor, cursor.begin):
@@ -70,18 +75,24 @@ def after(cursor: Cursor, wanted: str) -> State:
 
 
 def before(cursor: Cursor, wanted: str) -> State:
-    """Go on until the part *wanted* comes next.
+    """Go on until the part *wanted* comes next; at once, if it does already.
 
     Raises:
         LookupError: If there is no such part, several match, or the run ends first.
     """
     _require(cursor, wanted, "before")
+    if cursor.state is not None and _comes_next(cursor, wanted):
+        return cursor.state
     while not cursor.ended:
         for _, state in stages(cursor):
-            upcoming = cursor.line[cursor.at].name if cursor.at < len(cursor.line) else None
-            if upcoming is not None and upcoming == find_one(cursor.part_names, wanted, "before"):
+            if _comes_next(cursor, wanted):
                 return state
     raise LookupError(f"before: the run ended before {wanted!r} came again ({cursor.ended}).")
+
+
+def _comes_next(cursor: Cursor, wanted: str) -> bool:
+    upcoming = cursor.line[cursor.at].name if cursor.at < len(cursor.line) else None
+    return upcoming is not None and upcoming == find_one(cursor.part_names, wanted, "before")
 
 
 def _require(cursor: Cursor, wanted: str, verb: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ..cursor import Cursor
+from ..interrupts import interrupts
+from ..state import State
 
 
 def redo(cursor: Cursor) -> None:
@@ -34,20 +36,30 @@ def drop(cursor: Cursor) -> None:
     Raises:
         RuntimeError: If there is nothing to drop.
     """
-    failed, cursor.failed = cursor.failed, None
-    if failed is not None and failed.part.endswith("/batches") and cursor.passes.phase is not None:
-        if cursor.state is not None:  # it was looked ahead for; the open iteration has its own batch
+    failed, state = cursor.failed, cursor.state
+    if failed is not None and failed.part.startswith("workflow/"):
+        cursor.passes.place.done += 1
+    elif failed is not None and failed.part.endswith("/batches") and cursor.passes.phase is not None:
+        if state is not None:  # it was looked ahead for; the open iteration has its own batch
             cursor.passes.skip_failed()
-            return
-        cursor.state = cursor.passes.fetch(cursor.run, skip=True)  # without a batch, for what the pass's end brings
-    state = cursor.state
-    if state is None:
+        else:  # an iteration without a batch, for what the pass's end brings
+            cursor.state = cursor.passes.fetch(cursor.run, skip=True)
+            _drop(cursor, cursor.state)
+    elif state is None:
         raise RuntimeError("skip: no iteration is open; next(run) goes on.")
-    if cursor.at >= len(cursor.line):
+    elif cursor.at >= len(cursor.line):
         cursor.at_boundary.clear()
         cursor.finish()
         cursor.unseen = state
-        return
+    else:
+        _drop(cursor, state)
+    cursor.failed = None
+    if interrupts.pending:
+        interrupts.deliver()
+
+
+def _drop(cursor: Cursor, state: State) -> None:
+    cursor.failed = None
     state.dropped = True
     if state.last:
         cursor.at = max(cursor.at + 1, cursor.closing_part())

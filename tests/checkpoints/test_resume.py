@@ -178,3 +178,46 @@ def test_resume_comes_first(tmp_path):
         piped(Case()).resume(tmp_path / "nowhere")
     with pytest.raises(RuntimeError, match="the run has no checkpoint part"):
         piped(Case()).resume()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"checkpoints": [{"file": "a"}]}'])
+def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path, content):
+    """Not a fresh start: the files beside it can still be given by name."""
+    (piped(Case()) | lt.checkpoint(tmp_path)).to_end()
+    (tmp_path / "checkpoints.json").write_text(content)
+
+    with pytest.raises(RuntimeError, match=r"checkpoints.json cannot be read .* Resume from a file beside it"):
+        (piped(Case()) | lt.checkpoint(tmp_path)).resume()
+    (tmp_path / "checkpoints.json").unlink()
+    with pytest.raises(RuntimeError, match=r"holds checkpoints but no checkpoints.json"):
+        (piped(Case()) | lt.checkpoint(tmp_path)).resume()
+    run = piped(Case()) | lt.checkpoint(tmp_path)
+    run.resume(tmp_path / "epoch_0002-iteration_000014.pt")
+    assert run.progress.epoch == 2
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "file-alone"])
+@pytest.mark.parametrize("name", ["best.pt", "epoch_0002-iteration_000014.pt"])
+def test_a_flipped_bit_in_a_file_that_is_given_is_found(tmp_path, name, manifest):
+    """By the manifest's checksum, else by those within the file, which torch.load itself does not look at."""
+    (piped(Case()) | lt.checkpoint(tmp_path, best=lt.highest("val/accuracy"))).to_end()
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / name).write_bytes(data)
+    if not manifest:
+        (tmp_path / "checkpoints.json").unlink()
+
+    with pytest.raises(RuntimeError, match=f"{name} is damaged: (its|the) checksum"):
+        piped(Case()).resume(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content", [{"weight": torch.ones(2)}, [1, 2], None, b""], ids=["weights", "list", "none", "empty"]
+)
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    """Weights alone, other data, an empty file."""
+    path = tmp_path / "other.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+    with pytest.raises(RuntimeError, match=r"other.pt is (not a checkpoint of a run|damaged)"):
+        piped(Case()).resume(path)

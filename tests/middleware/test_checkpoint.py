@@ -113,3 +113,25 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_first_iteration(tmp_
         with pytest.raises(OSError, match="file") as caught:
             next(piped(Case()) | part)
         assert "cannot write to" in caught.value.__notes__[0]
+
+
+def test_retention_keeps_the_newest_that_can_be_gone_on_from(tmp_path):
+    """Checkpoints within a round do not push the last one at a round's end out."""
+    every = lambda state: state.round_last or (state.trains and state.index % 2 == 0)  # noqa: E731
+    run = piped(Case(epochs=3)) | lt.checkpoint(tmp_path, every=every, keep=2)
+    list(run.take(2 * 14 + 6))
+    run.close()
+
+    assert len(names(tmp_path)) == 3
+    again = piped(Case(epochs=3)) | lt.checkpoint(tmp_path)
+    assert again.resume().name.startswith("epoch_0002-iteration_000014")
+
+
+def test_the_best_is_saved_with_the_weights_that_were_measured(tmp_path):
+    """A checkpoint between two validations cannot be the best: its weights were never judged."""
+    every = lambda state: state.trains and state.index == 3  # noqa: E731
+    run = piped(Case(epochs=3)) | lt.checkpoint(tmp_path, every=every, best=lt.highest("val/accuracy"))
+    run.to_end()
+
+    assert run.best == {}
+    assert not (tmp_path / "best.pt").exists()

@@ -49,7 +49,23 @@ def test_failed_says_what_happened(run):
     notes = "\n".join(error.__notes__)
     assert "looptools: train/fragile (iteration 1, epoch 0, part 4 of 6)." in notes
     assert "next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it." in notes
-    assert "train/fragile is a plain generator: it begins anew" in notes
+    assert "plain generator" not in notes  # it keeps nothing in local variables
+
+
+def test_a_plain_generator_that_keeps_something_is_said_to_begin_anew(batches):
+    """What its local variables held is gone; fields of an attrs class would outlive the exception."""
+
+    def counting(states):
+        seen = []
+        for state in states:
+            seen.append(state.index)
+            if seen == [0, 1]:
+                raise Planted
+            yield state
+
+    run = lt.workflow([(lt.train(None, batches, lambda model, batch: {"x": 1.0}) | counting, 1)], max_epochs=1)
+
+    assert any("train/counting is a plain generator: it begins anew" in note for note in fail(run).__notes__)
 
 
 def test_next_goes_on_at_the_part_that_failed(run, model):
@@ -365,3 +381,187 @@ def test_next_inside_the_runs_own_step_is_refused(model, batches):
 
     with pytest.raises(RuntimeError, match="it is at work already"):
         next(run)
+
+
+def skips_first_of_second_pass():
+    def fragile(model, batch, state):
+        if state.epoch == 1 and state.first:
+            raise Planted
+        return {"x": float(batch)}
+
+    return fragile
+
+
+def test_means_begin_anew_though_the_first_state_of_the_pass_was_skipped():
+    """What begins with a pass begins with the pass, not with the state that says `first`."""
+    run = lt.workflow([(lt.train(None, [1.0, 2.0, 100.0], skips_first_of_second_pass()), 1)], max_epochs=2)
+    fail(run)
+    run.skip()
+    run.to_end()
+
+    assert [row["x"] for row in run.history] == [103 / 3, 51.0]
+
+
+def test_an_accumulation_window_does_not_reach_into_the_next_pass(model, sgd, batches):
+    """If the state that would close it is skipped, that is said, and the next pass opens a new window."""
+
+    def fragile(states):
+        for state in states:
+            if state.epoch == 0 and state.last:
+                raise Planted
+            yield state
+
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | fragile | lt.optimize(sgd, accumulate=2)
+    run = lt.workflow([(phase.on([*batches, batches[0]]), 1)], max_epochs=2)
+    fail(run)
+    run.skip()
+
+    with pytest.warns(UserWarning, match="the gradients of the last 1 batches made no update"):
+        next(run)
+    assert run["backward"].filled == 1
+
+
+def test_a_scaler_survives_a_state_that_is_dropped_between_backward_and_update(batches):
+    """Its bookkeeping is closed for the dropped one, and the next update works."""
+    model = torch.nn.Linear(1, 1)
+    sgd, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+
+    def drops(states):
+        for state in states:
+            if state.index != 1:
+                yield state
+
+    phase = lt.train(model, batches, lambda model, batch: model(batch).mean())
+    phase = phase | lt.backward(sgd, scaler=scaler) | drops | lt.update(sgd, scaler=scaler)
+    run = lt.workflow([(phase, 1)], max_epochs=1)
+
+    assert [state.index for state in run] == [0, 2]
+    assert run.progress.updates[sgd] == 2
+
+
+def test_the_first_fetch_that_fails_draws_the_same_order_again():
+    """A shuffling sampler draws its order at the first fetch; a second try must draw it as the first would have."""
+
+    class Data(torch.utils.data.Dataset):
+        broken = True
+
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            if self.broken:
+                Data.broken = False
+                raise Planted
+            return float(index)
+
+    def order(broken):
+        torch.manual_seed(4)
+        Data.broken = broken
+        run = lt.workflow(
+            [(lt.train(None, torch.utils.data.DataLoader(Data(), 2, shuffle=True), STEP), 1)], max_epochs=1
+        )
+        if broken:
+            fail(run)
+        return [state.batch.tolist() for state in run], torch.rand(1).item()
+
+    assert order(True) == order(False)
+
+
+STEP = lambda model, batch: {"x": 1.0}  # noqa: E731
+
+
+def test_an_iterator_that_is_no_generator_goes_on_behind_its_failure():
+    """`map` survives an exception of its function: nothing is walked through again."""
+    failing = [3]
+
+    def load(n):
+        if n in failing:
+            failing.clear()
+            raise Planted
+        return n
+
+    run = lt.workflow([(lt.train(None, map(load, range(6)), STEP), 1)], max_epochs=1)
+    seen = []
+    with pytest.raises(Planted):
+        seen.extend(state.batch for state in run)
+    seen = [0, 1] + [state.batch for state in run]
+
+    assert seen == [0, 1, 2, 4, 5]  # what raised is gone with the exception; all else comes once
+
+
+def test_a_batch_that_cannot_be_moved_is_not_lost():
+    """`.to` raises once: the same batch is moved again."""
+
+    class Batch:
+        moved = False
+
+        def __init__(self, n):
+            self.n = n
+
+        def to(self, device):
+            if self.n == 2 and not Batch.moved:
+                Batch.moved = True
+                raise Planted
+            return self.n
+
+    phase = lt.train(None, [Batch(n) for n in range(4)], STEP, device="cpu")
+    run = lt.workflow([(phase, 1)], max_epochs=1)
+    seen = []
+    while not run.ended:
+        try:
+            seen += [state.batch for state in run.take(1)]
+        except Planted:
+            assert run.failed.part == "train/batches"
+
+    assert seen == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["source", "entry", "boundary"])
+def test_stopiteration_out_of_the_users_code_does_not_end_the_run_in_silence(where, batches):
+    """Something exhausted that a source, an entry or a boundary's action calls `next` on."""
+    raises = lambda *_: next(iter([]))  # noqa: E731
+
+    def asks(states):
+        for state in states:
+            state.run.at_boundary(raises)
+            yield state
+
+    entries = [(lt.train(None, raises if where == "source" else batches, STEP), 1)]
+    if where == "entry":
+        entries.append((raises, 1))
+    run = lt.workflow(entries, max_epochs=2)
+    run = run | asks if where == "boundary" else run
+
+    with pytest.raises(RuntimeError, match="raised StopIteration: something that it calls next"):
+        run.to_end()
+
+
+def test_a_function_of_the_workflow_that_fails_is_called_again_or_skipped(batches):
+    """`next(run)` calls it again; `skip` goes on behind it."""
+    calls = []
+
+    def report(run):
+        calls.append(run.progress.epoch)
+        if calls in ([1], [1, 1, 2]):
+            raise Planted
+
+    run = lt.workflow([(lt.train(None, batches, STEP), 1), (report, 1)], max_epochs=3)
+    fail(run)
+    assert run.failed.part == "workflow/report"
+    fail(run)
+    run.skip()
+    run.to_end()
+
+    assert calls == [1, 1, 2, 3]
+
+
+def test_a_closed_run_hands_nothing_out(model, sgd, batches):
+    """Closed in the middle of an iteration: that iteration is dropped."""
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    run = lt.workflow([(phase, 1)], max_epochs=1)
+    run.after("forward")
+
+    run.close()
+
+    assert list(run) == []
+    assert model.w.item() == 3.0
