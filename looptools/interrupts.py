@@ -7,11 +7,13 @@ run ends, sleeps or closes; while no run is at work, it does what the handler be
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 from _signal import getsignal  # type: ignore[import-not-found]  # C; the wrapper in signal makes 7 calls of it
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -91,6 +93,9 @@ def deaf_workers(loader: Any) -> Iterator[None]:
     such mask: there the workers are told to ignore it when they have started.
     """
     if hasattr(signal, "pthread_sigmask"):
+        context = loader.multiprocessing_context or multiprocessing
+        if context.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # it would take the mask off when it starts with the first process
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             yield

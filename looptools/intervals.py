@@ -12,7 +12,7 @@ from .checks import positive, whole
 from .state import State
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class iterations:
     """Every *n* training iterations; in a workflow's entry, *n* batches of that phase.
 
@@ -27,7 +27,7 @@ class iterations:
         return state.trains and (state.iteration + 1) % self.n == 0
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class epochs:
     """Every *n* training passes, on the last state of the pass.
 
@@ -42,7 +42,7 @@ class epochs:
         return state.trains and (state.epoch + 1) % self.n == 0 and state.last
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class rounds:
     """Every *n* walks through the whole workflow, on the last state of the walk.
 
@@ -58,7 +58,7 @@ class rounds:
         return (done + 1) % self.n == 0 and state.round_last
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class samples:
     """Every *n* training samples: on the iteration that reaches a multiple of *n*.
 
@@ -76,7 +76,7 @@ class samples:
         return (done + state.num_samples) // self.n > done // self.n
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class seconds:
     """Every *n* seconds that the run was at work, the user's own code between its states not counted.
 
@@ -117,7 +117,7 @@ def interval(every: Any) -> Interval:
     return every  # type: ignore[no-any-return]
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class highest:
     """The best is the highest value that *metric* had in ``run.results``.
 
@@ -137,7 +137,7 @@ class highest:
         return math.isfinite(value) and (than is None or value * self.sign > than * self.sign)
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class lowest(highest):
     """The best is the lowest value that *metric* had in ``run.results``; 0 counts.
 

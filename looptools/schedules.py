@@ -22,7 +22,7 @@ from .checks import one_of, positive, whole
 Schedule = Callable[[int, int | None, float], float]
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class constant:
     """The base value, throughout.
 
@@ -42,7 +42,7 @@ def _increasing(schedule: multistep, field: object, value: list[int]) -> None:
         raise ValueError(f"multistep: milestones must be positive and increasing, got {value!r}.")
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class multistep:
     """base · gamma^k, where k is the number of milestones reached.
 
@@ -63,7 +63,7 @@ class multistep:
         return base * self.gamma ** bisect.bisect_right(self.milestones, done)  # type: ignore[call-overload,no-any-return]
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class cosine:
     """Half a cosine from base down to *end*: end + (base - end)(1 + cos(π · done / total)) / 2.
 
@@ -95,7 +95,7 @@ class cosine:
         return end + (base - end) * (1 + math.cos(math.pi * min(done / total, 1.0))) / 2
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class poly:
     """Polynomial decay to *end*: end + (base - end)(1 - done / total)^power.
 
@@ -119,7 +119,7 @@ class poly:
         return self.end + float((base - self.end) * (1 - min(done / total, 1.0)) ** self.power)
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class warmup:
     """A factor that grows from *ratio* to 1 over the first *count* steps.
 

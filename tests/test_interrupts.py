@@ -193,7 +193,7 @@ SCRIPT = """
     class Slow(torch.utils.data.Dataset):
         def __len__(self): return 40
         def __getitem__(self, index):
-            time.sleep(0.02)
+            time.sleep(0.04)
             return torch.tensor([float(index)])
 
     def main():
@@ -231,7 +231,7 @@ def test_workers_survive_it(tmp_path, workers, context):
     assert process.stdout is not None
     assert process.stdout.readline() == "state\n"
     for _ in range(3):
-        time.sleep(0.05)
+        time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
 

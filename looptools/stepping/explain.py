@@ -96,8 +96,6 @@ def _is_default(field: Any, value: Any) -> bool:
         default = default.factory()
     if default is not attrs.NOTHING and field.converter is not None:
         default = field.converter(default)
-    return (
-        value is default
-        or (attrs.has(type(value)) and bool(value == default))
-        or (isinstance(value, str | int | float) and value == default)
-    )
+    if attrs.has(type(value)):
+        return type(value) is type(default) and repr(value) == repr(default)
+    return value is default or (isinstance(value, str | int | float) and value == default)
