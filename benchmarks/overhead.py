@@ -71,10 +71,11 @@ def main(iterations: int = 200, rounds: int = 21) -> None:
         hand, run = by_hand(width, batches), piped(width, batches)
         for advance in (lambda hand=hand: next(hand), lambda run=run: next(run)):
             microseconds(advance, iterations)  # warm up
-        pairs = [
-            (microseconds(lambda: next(hand), iterations), microseconds(lambda: next(run), iterations))  # noqa: B023
-            for _ in range(rounds)
-        ]
+        pairs = []
+        for turn in range(rounds):  # each goes first every other time
+            both = [lambda hand=hand: next(hand), lambda run=run: next(run)]
+            times = [microseconds(advance, iterations) for advance in (both if turn % 2 else both[::-1])]
+            pairs.append(tuple(times if turn % 2 else times[::-1]))
         plain, pipe = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(b / a for a, b in pairs)
         print(f"width {width:4}: by hand {plain:7.1f} µs, piped {pipe:7.1f} µs, ratio {ratio:.3f}")

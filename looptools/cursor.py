@@ -31,6 +31,8 @@ from .state import Progress, State
 if TYPE_CHECKING:
     from .run import Run
 
+WHAT_NOW = "run.replace(...) mends it, next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it."
+
 
 @attrs.frozen(eq=False)
 class Failed:
@@ -333,7 +335,7 @@ class Cursor:
         if slot is not None and code is not None and inspect.isgeneratorfunction(slot.part) and code.co_nlocals > 2:
             error.add_note(f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
         if isinstance(error, Exception):
-            error.add_note("next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it.")
+            error.add_note(WHAT_NOW)
         return error
 
     def go_on(self) -> None:

@@ -14,6 +14,7 @@ nesting them, so that an exception in one leaves the others alive.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -148,8 +149,11 @@ def start(middleware: Middleware, states: Iterable[State], where: str) -> Iterat
     advice = f"If it takes options, call it first: {name_of(middleware)}(...)."
     try:
         stream: Any = middleware(states)
-    except TypeError as error:
-        error.add_note(f"{where} could not be called on a stream of states. {advice}")
+    except (TypeError, AttributeError) as error:
+        error.add_note(
+            f"{where} could not be called on a stream of states. {advice} A middleware loops over states and yields "
+            "each: `for state in states: ...; yield state`."
+        )
         raise
     if stream is None:
         raise TypeError(f"{where} returned None, not an iterator of states. Does it `yield state`?")
@@ -159,5 +163,7 @@ def start(middleware: Middleware, states: Iterable[State], where: str) -> Iterat
 
 
 def fresh(part: M) -> M:
-    """A part with the same options and no memory; what has neither (a plain function) is itself."""
-    return attrs.evolve(part) if attrs.has(type(part)) else part  # type: ignore[misc]
+    """A part with the same options and no memory; of a plain class a shallow copy; a function is itself."""
+    if attrs.has(type(part)):
+        return attrs.evolve(part)  # type: ignore[misc]
+    return part if inspect.isroutine(part) or isinstance(part, functools.partial) else copy.copy(part)

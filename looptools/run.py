@@ -35,8 +35,9 @@ class Run:
         progress: Counters of what is done so far; see `Progress`.
         results: The newest mean of every metric, as in ``run.results["val/accuracy"]``.
         history: A dictionary for every pass: phase, epoch, iteration, round, iterations of the pass, training
-            iterations of the run after it (trained), seconds, and means.
-        best: What `checkpoint` found best so far, by metric: value, epoch, iteration and file.
+            iterations of the run after it (trained), seconds, and each mean under its own name.
+        best: What `checkpoint` found best so far, by metric: its value, the epochs and iterations done by then, and
+            the file's name.
 
     Example:
         >>> model = torch.nn.Linear(1, 1)
@@ -317,9 +318,9 @@ class Run:
         """Refuse a *folder* with checkpoints that this run was not resumed from."""
         checkpoints.require_own(folder, self.cursor.resumed_from)
 
-    def save(self, folder: Path, **options: Any) -> Path:
+    def save(self, folder: Path, **options: Any) -> None:
         """Write a checkpoint; for `checkpoint`, at a boundary."""
-        return checkpoints.save(self, folder, **options)
+        checkpoints.save(self, folder, **options)
 
 
 def workflow(

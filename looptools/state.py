@@ -93,8 +93,9 @@ class State:
         lr: Learning rate of the first param group, in force at this iteration's update.
         grad_norm: Norm of the gradients before clipping, a tensor of shape ``()``.
         updates: Whether the optimizer moves in this iteration.
-        dropped: Whether a part (or ``run.skip()``) dropped it; averages leave it out.
-        replayed: Whether it is computed a second time, after ``run.back``; parts that write files keep still.
+        dropped: Set by the run on a state that a part did not yield, or that ``run.skip()`` dropped; averages leave it
+            out. To drop a state, do not yield it.
+        replayed: Whether it is computed a second time only to get back somewhere; parts that write files keep still.
         committed: Why the iteration cannot be redone from its batch any more; empty while it can.
         plan: The horizon of the pass.
         run: The run that hands it out; None in a pipe over hand-made states.

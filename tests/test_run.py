@@ -176,6 +176,27 @@ def test_what_is_piped_is_options_and_each_run_has_its_own_parts(model, sgd, bat
     assert second["train/backward"].filled == 0
 
 
+def test_a_part_of_a_plain_class_is_copied_for_each_run(batches):
+    """Its attributes at the time of the build; each run counts for itself."""
+
+    class Counts:
+        seen = 0
+
+        def __call__(self, states):
+            for state in states:
+                self.seen += 1
+                yield state
+
+    part = Counts()
+    phase = lt.train(None, batches, lambda model, batch: {"x": 1.0}) | part
+    runs = [lt.workflow([(phase, 1)], max_epochs=1) for _ in range(2)]
+    for run in runs:
+        run.to_end()
+
+    assert [run["train/Counts"].seen for run in runs] == [3, 3]
+    assert part.seen == 0
+
+
 def test_extend_moves_the_end_and_schedules_stretch(model, sgd, batches):
     """A finished run goes on after `extend`, with the learning rate of the longer schedule."""
     train = lt.train(model, batches, lambda model, batch: model(batch))

@@ -25,7 +25,7 @@ def resume(run: Run, path: str | Path | None) -> Path | None:
         The file, or None if the folder holds no checkpoint.
 
     Raises:
-        RuntimeError: If the run has begun, all files are damaged, none was saved at the end of a round, or the
+        RuntimeError: If the run has begun, all files are damaged, none was saved at the end of a pass, or the
             file belongs to another pipe.
     """
     cursor = run.cursor
@@ -40,7 +40,7 @@ def resume(run: Run, path: str | Path | None) -> Path | None:
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise RuntimeError(f"resume: {file} is not a checkpoint of a run. Weights alone are loaded by torch.load.")
     if not tree.get("border"):
-        raise RuntimeError(f"resume: {file} was saved within a round; only the end of a round can be gone on from.")
+        raise RuntimeError(f"resume: {file} was saved within a pass; only the end of a pass can be gone on from.")
     restore(run, tree)
     cursor.resumed_from = file
     return file
@@ -58,15 +58,15 @@ def _read(path: Path) -> tuple[Path | None, Any]:
 
 
 def _newest(folder: Path) -> tuple[Path | None, Any]:
-    """The newest checkpoint of a folder that was saved at a round's end and is sound."""
+    """The newest checkpoint of a folder that was saved at a pass's end and is sound."""
     entries = read_manifest(folder).checkpoints
     if not entries:
         return None, None
     candidates = [entry for entry in reversed(entries) if entry["border"]]
     if not candidates:
         raise RuntimeError(
-            f"resume: the {len(entries)} checkpoints in {folder} were saved within a round; only the end of a round "
-            "can be gone on from. Save at lt.rounds(1)."
+            f"resume: the {len(entries)} checkpoints in {folder} were saved within a pass; only the end of a pass "
+            "can be gone on from. Save at lt.rounds(1) or lt.epochs(1)."
         )
     for entry in candidates:
         wrong = damage(folder / entry["file"], entry)

@@ -27,7 +27,7 @@ def capture(run: Run, *, border: bool) -> dict[str, Any]:
 
     Args:
         run: The run.
-        border: Whether a walk through the whole workflow ends here.
+        border: Whether a pass ends here.
 
     Raises:
         TypeError: If something in it could not be loaded again, by name of its part and field.
@@ -41,6 +41,7 @@ def capture(run: Run, *, border: bool) -> dict[str, Any]:
         "format": FORMAT,
         "torch": str(torch.__version__),
         "border": border,
+        "stopping": cursor.stopping,
         "pipe": pipe_names(cursor),
         "progress": progress,
         "place": [cursor.passes.place.entry, cursor.passes.place.done],
@@ -77,6 +78,7 @@ def restore(run: Run, tree: dict[str, Any]) -> None:
         setattr(cursor.progress, name, value)
     optimizers = inventory(cursor).optimizers
     cursor.progress.updates = {optimizers[name]: n for name, n in updates.items() if n}
+    cursor.stopping = tree["stopping"]  # a run that was stopped stays so, until it is extended
     cursor.passes.place = Place(*tree["place"])
     run.results.clear()
     run.results.update(tree["results"])

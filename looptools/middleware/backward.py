@@ -114,7 +114,10 @@ class backward:
     def _refuse(self, state: State) -> None:
         where = f"iteration {state.iteration} of {state.phase}"
         if state.loss is None:
-            raise TypeError(f'backward: the step of {where} gave no loss. Return it, or a mapping with "loss".')
+            keys = ", ".join(map(str, state.outputs or {})) or "nothing"
+            raise TypeError(
+                f'backward: the step of {where} gave no loss, but {keys}. Return it, or a mapping with "loss".'
+            )
         kind = "" if state.trains else " A validation phase has none; leave optimize out of it."
         raise RuntimeError(
             f"backward: the loss of {where} has no graph. Was it detached, or computed under no_grad()?{kind}"

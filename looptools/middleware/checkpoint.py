@@ -37,10 +37,12 @@ class checkpoint:
     Args:
         folder: Where to, made if missing. A folder that holds another run's checkpoints is refused.
         every: How often: ``lt.rounds(1)`` (after the validation), ``lt.epochs(n)``, a number of training
-            iterations, or a predicate of the state. ``run.resume()`` goes on from those at the end of a round.
-        keep: How many of the newest files stay; None for all.
-        best: ``lt.highest("val/accuracy")`` or ``lt.lowest("val/loss")``: the checkpoint with the best value is
-            kept in ``best.pt``, and ``run.best`` says what it was. What is not finite is never best.
+            iterations, or a predicate of the state. ``run.resume()`` goes on from the newest that was saved at the
+            end of a pass; those in the middle of one hold the weights, but cannot be gone on from yet.
+        keep: How many of the newest files stay; None for all. The newest that can be gone on from always stays.
+        best: ``lt.highest("val/accuracy")`` or ``lt.lowest("val/loss")``, looked at after every pass, whatever
+            *every* says: the best is kept in ``best.pt``, and ``run.best`` says what it was. What is not finite is
+            never best. The weights alone: ``torch.load("best.pt", weights_only=True)["models"]["model"]``.
 
     Raises:
         FileExistsError: If the folder holds checkpoints that the run was not resumed from, before it begins.
@@ -70,13 +72,18 @@ class checkpoint:
         run.require_own(self.folder)
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
-        due: Any = self.every
+        is_due: Any = self.every
         for state in states:
-            if not state.replayed and due(state):
-                if state.run is None:
-                    raise RuntimeError("checkpoint: these states belong to no run, so there is nothing to save.")
-                state.run.at_boundary(self._save)
+            if not state.replayed:
+                due = is_due(state)
+                if due or (self.best is not None and state.last):
+                    if state.run is None:
+                        raise RuntimeError("checkpoint: these states belong to no run, so there is nothing to save.")
+                    state.run.at_boundary(self._save if due else self._save_if_best)
             yield state
 
     def _save(self, run: Run) -> None:
         run.save(self.folder, keep=self.keep, best=self.best)
+
+    def _save_if_best(self, run: Run) -> None:
+        run.save(self.folder, keep=self.keep, best=self.best, only_best=True)

@@ -56,7 +56,7 @@ def describe(agenda: Agenda, cursor: Cursor | None) -> str:
 
 def _workflow(agenda: Agenda, cursor: Cursor) -> str:
     bounds = {"epochs": agenda.max_epochs, "iterations": agenda.max_iterations, "rounds": agenda.max_rounds}
-    until = " or ".join(f"{bound} {name}" for name, bound in bounds.items() if bound is not None)
+    until = " or ".join(f"{bound} {name[:-1] if bound == 1 else name}" for name, bound in bounds.items() if bound)
     horizon = "" if cursor.passes.iterations is None else f" ({cursor.passes.iterations} iterations)"
     return f"workflow: {_entries(agenda)}, until {until}{horizon}"
 

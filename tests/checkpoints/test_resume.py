@@ -221,3 +221,35 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
 
     with pytest.raises(RuntimeError, match=r"other.pt is (not a checkpoint of a run|damaged)"):
         piped(Case()).resume(path)
+
+
+def test_the_end_of_a_training_pass_can_be_gone_on_from_too(tmp_path):
+    """`every=lt.epochs(1)` saves before the validation: the resumed run begins with it."""
+    first = piped(HARD) | lt.checkpoint(tmp_path, every=lt.epochs(1))
+    list(first.take(14 + 9))
+    run = piped(HARD) | lt.checkpoint(tmp_path, every=lt.epochs(1))
+    run.resume()
+
+    assert next(run).phase == "val"
+    run.to_end()
+    assert_same(run.model.state_dict(), by_hand(HARD))
+
+
+def test_a_run_that_was_stopped_stays_stopped_when_it_is_resumed(tmp_path):
+    """Until it is extended."""
+    first = piped(HARD) | lt.checkpoint(tmp_path) | stops_after_two_rounds
+    first.to_end()
+    run = piped(HARD) | lt.checkpoint(tmp_path) | stops_after_two_rounds
+    run.resume()
+
+    assert list(run) == []
+    assert run.ended == "enough"
+    run.extend(max_epochs=4)
+    assert next(run).epoch == 2
+
+
+def stops_after_two_rounds(states):
+    for state in states:
+        if state.round_last and state.plan.round == 1:
+            state.stop("enough")
+        yield state

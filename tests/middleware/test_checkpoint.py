@@ -8,7 +8,7 @@ import math
 import attrs
 import pytest
 import torch
-from loops import Case, piped
+from loops import Case, assert_same, piped
 
 import looptools as lt
 
@@ -86,11 +86,17 @@ def test_a_metric_that_nobody_writes_is_an_error_after_the_first_round(tmp_path)
 
 @pytest.mark.parametrize(("every", "count"), [(3, 4), (lt.epochs(1), 2), (lambda state: state.index == 2, 4)])
 def test_how_often(tmp_path, every, count):
-    """By training iterations, by epochs, or by a predicate of the state; and resuming says what it needs."""
+    """By training iterations, by epochs, or by a predicate of the state."""
     (piped(Case()) | lt.checkpoint(tmp_path, every=every, keep=None)).to_end()
 
     assert len(names(tmp_path)) == count
-    with pytest.raises(RuntimeError, match=r"saved within a round; .* Save at lt.rounds\(1\)"):
+
+
+def test_checkpoints_in_the_middle_of_a_pass_cannot_be_gone_on_from_yet(tmp_path):
+    """Resuming says so, and what to do."""
+    (piped(Case()) | lt.checkpoint(tmp_path, every=3)).to_end()
+
+    with pytest.raises(RuntimeError, match=r"saved within a pass; .* Save at lt.rounds\(1\) or lt.epochs\(1\)"):
         (piped(Case()) | lt.checkpoint(tmp_path)).resume()
 
 
@@ -128,10 +134,26 @@ def test_retention_keeps_the_newest_that_can_be_gone_on_from(tmp_path):
 
 
 def test_the_best_is_saved_with_the_weights_that_were_measured(tmp_path):
-    """A checkpoint between two validations cannot be the best: its weights were never judged."""
+    """Looked at after every validation, whatever `every` says; between two of them nothing is the best."""
+    case = Case(epochs=3)
     every = lambda state: state.trains and state.index == 3  # noqa: E731
-    run = piped(Case(epochs=3)) | lt.checkpoint(tmp_path, every=every, best=lt.highest("val/accuracy"))
-    run.to_end()
+    run = piped(case) | lt.checkpoint(tmp_path, every=every, best=lt.highest("val/accuracy"))
+    judged = {}
+    for state in run:
+        if state.round_last:
+            weights = {key: value.clone() for key, value in run.model.state_dict().items()}
+            judged[run.progress.iteration] = (run.results["val/accuracy"], weights)
 
-    assert run.best == {}
-    assert not (tmp_path / "best.pt").exists()
+    best = max(value for value, _ in judged.values())
+    iteration = min(n for n, (value, _) in judged.items() if value == best)
+    assert (run.best["val/accuracy"]["value"], run.best["val/accuracy"]["iteration"]) == (best, iteration)
+    assert_same(torch.load(tmp_path / "best.pt", weights_only=True)["models"]["model"], judged[iteration][1])
+
+
+def test_a_misspelt_metric_is_found_after_the_first_round_whatever_every_says(tmp_path):
+    """Also where no checkpoint is due there."""
+    run = piped(Case()) | lt.checkpoint(tmp_path, every=3, best=lt.lowest("val/los"))
+
+    with pytest.raises(LookupError, match='no part writes "val/los"; known are train/accuracy, train/loss'):
+        run.to_end()
+    assert run.progress.epoch == 1
