@@ -178,7 +178,7 @@ class Cursor:
                 return
             slot.link.state = self.state
             try:
-                out = next(slot.stream or slot.begin())
+                out = next(slot.begin() if slot.stream is None else slot.stream)
             except StopIteration:
                 self._stream_ended(slot)
                 continue

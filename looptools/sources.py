@@ -78,7 +78,7 @@ class Source:
         self._iterator = self._iterate(self.begun)
         self.begun += 1
         self.taken = 0
-        self._ahead = _NOTHING
+        self._ahead = self._unmoved = _NOTHING
         self._failed = False
 
     def _iterate(self, walk: int) -> Iterator[Any]:
@@ -193,7 +193,7 @@ class Source:
                 if isinstance(self._iterator, types.GeneratorType):
                     raise
         self._failed = False
-        self._ahead = _NOTHING
+        self._ahead = self._unmoved = _NOTHING
         if taken:  # at the first batch the order is drawn; it must be drawn as it was
             set_generators(now)
 

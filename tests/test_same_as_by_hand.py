@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import random
 
 import pytest
 import torch
@@ -166,3 +168,47 @@ def test_the_averages_are_those_of_the_whole_pass():
         mean = sum(loss * n for loss, n in values) / sum(n for _, n in values)
         assert run.results[f"{phase}/loss"] == pytest.approx(mean, rel=1e-12)
         assert [n for _, n in values] == [4] * 6 + [2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mix_of_failures_and_ways_to_go_on(seed):
+    """Random exceptions in every part, gone on from by next, take, stages, before, retry and sleep: the same bits."""
+    rng = random.Random(seed)
+    case = Case(
+        optimizer=rng.choice(["SGD", "AdamW"]),
+        max_norm=rng.choice([None, 0.5]),
+        accumulate=rng.choice([1, 2, 3, 4]),
+        cosine=rng.random() < 0.5,
+    )
+    run = piped(case) | lt.log(line=None, every=rng.choice([1, 3, 50]))
+    for slot in run.cursor.slots:
+        chance = rng.random() * 0.3
+        slot.part = Trips(slot.part, at=lambda state, chance=chance: rng.random() < chance)
+    failures = 0
+
+    def go_on():
+        way = rng.randrange(5)
+        if way == 0:
+            next(run, None)
+        elif way == 1:
+            list(itertools.islice(run.stages(), rng.randint(1, 9)))
+        elif way == 2:
+            with contextlib.suppress(LookupError):
+                run.before(rng.choice(["update", "backward", "average"]))
+        elif way == 3:
+            with run:
+                list(run.take(2))
+        else:
+            list(run.take(rng.randint(1, 5)))
+
+    while not run.ended:
+        try:
+            go_on()
+        except Planted:
+            failures += 1
+            if rng.random() < 0.2:
+                with contextlib.suppress(RuntimeError, Planted):
+                    run.retry()
+
+    assert failures > 0
+    assert_same(weights(run), by_hand(case), but=["running_mean", "running_var", "num_batches_tracked"])

@@ -57,13 +57,13 @@ class backward:
 
     def on_pass(self, run: Run) -> None:
         """A new pass opens a new window."""
-        if self.filled:
+        filled, self.filled = self.filled, 0
+        if filled:
             warnings.warn(
-                f"backward: the gradients of the last {self.filled} batches made no update: the last state of their "
-                "pass was dropped before it came here.",
+                f"backward: the gradients of the last {filled} batches made no update: the last state of their pass "
+                "was dropped before it came here.",
                 stacklevel=2,
             )
-        self.filled = 0
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:
