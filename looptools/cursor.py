@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import get_ident
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
@@ -31,6 +31,7 @@ from .state import Progress, State
 if TYPE_CHECKING:
     from .run import Run
 
+T = TypeVar("T")
 WHAT_NOW = "run.replace(...) mends it, next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it."
 
 
@@ -97,27 +98,26 @@ class Cursor:
 
     # Getting on
 
-    def enter(self) -> None:
-        """Begin to work: Ctrl-C waits from here on.
+    def work(self, action: Callable[[], T]) -> T:
+        """Do *action* as the run's own work: meanwhile Ctrl-C waits, and nobody else may enter.
 
         Raises:
             RuntimeError: If the run is at work already.
         """
         if self._working:
             raise RuntimeError("run: it is at work already, within this iteration or in another thread.")
-        if get_ident() == MAIN:
-            if getsignal(signal.SIGINT) is not interrupts.handler:
-                interrupts.install()
-            interrupts.at_work += 1
+        in_main = get_ident() == MAIN
+        if in_main and getsignal(signal.SIGINT) is not interrupts.handler:
+            interrupts.install()
+        interrupts.at_work += in_main
         self._working = True
         self._entered = perf_counter() - self.progress.seconds
-
-    def leave(self) -> None:
-        """Hand over to the user."""
-        self.progress.seconds = perf_counter() - self._entered
-        self._working = False
-        if get_ident() == MAIN:
-            interrupts.at_work -= 1
+        try:
+            return action()
+        finally:
+            self.progress.seconds = perf_counter() - self._entered
+            self._working = False
+            interrupts.at_work -= in_main
 
     def require_rest(self, verb: str) -> None:
         """Refuse a *verb* that closes parts while one of them is at work."""

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from torch.nn import Module
 
 from .checks import whole_number
 from .middleware.average import average
 from .middleware.forward import forward
 from .pipeline import Middleware, check, flatten, fresh, numbered
+from .sources import check_source
 
 if TYPE_CHECKING:
     from .run import Run
@@ -51,7 +51,7 @@ class Phase:
 
     def on(self, source: Any) -> Phase:
         """The same pipe on other data."""
-        _check_source(self.name, source)
+        check_source(self.name, source)
         return attrs.evolve(self, source=source)
 
     def limit(self, batches: int) -> Phase:
@@ -91,20 +91,11 @@ def _phase(
         )
     if not isinstance(name, str) or not name or "/" in name or "#" in name:
         raise ValueError(f"{kind}: name must be a word without / and #, got {name!r}.")
-    _check_source(kind, source)
+    check_source(kind, source)
     if options["device"] not in (None, "model"):
         torch.device(options["device"])  # raises where it is typed
     part = forward(step, autocast=autocast)
     return Phase(name=name, model=model, source=source, step=part, trains=trains, **options)
-
-
-def _check_source(where: str, source: Any) -> None:
-    if isinstance(source, type):
-        raise TypeError(f"{where}: source is the class {source.__name__}; give an instance of it.")
-    if isinstance(source, Module):
-        raise TypeError(f"{where}: source is a module. The model comes first: {where}(model, source, step).")
-    if not callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
-        raise TypeError(f"{where}: source must be an iterable of batches or a function that makes one, got {source!r}.")
 
 
 def train(

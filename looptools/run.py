@@ -57,7 +57,6 @@ class Run:
         self._optimizer: Any = None
         self.progress = Progress()
         self.results: dict[str, float] = Results()
-        self.newest = ""
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, dict[str, Any]] = {}
 
@@ -93,11 +92,7 @@ class Run:
 
     def __next__(self) -> State:
         cursor = self._cursor or self._build()
-        cursor.enter()
-        try:
-            return cursor.iterate()
-        finally:
-            cursor.leave()
+        return cursor.work(cursor.iterate)
 
     def __len__(self) -> int:
         """States of the whole run.
@@ -213,7 +208,7 @@ class Run:
     def skip(self) -> None:
         """Drop the open iteration; ``next(run)`` goes on with the next batch."""
         cursor = self.cursor
-        stepping.at_work(cursor, lambda: stepping.drop(cursor))
+        cursor.work(lambda: stepping.drop(cursor))
 
     def stages(self) -> Iterator[tuple[str, State]]:
         """Walk through one iteration, or the rest of the open one: yields (name, state) after each part."""
@@ -284,7 +279,6 @@ class Run:
         for key in [key for key in self.results if key.startswith(prefix)]:
             del self.results[key]
         self.results.update({prefix + key: value for key, value in means.items()})
-        self.newest = prefix
         facts = {"phase": state.phase, "epoch": state.epoch, "iteration": state.iteration}
         cursor = self.cursor
         seconds = round(cursor.seconds - cursor.passes.began, 3)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.nn import Module
 from torch.utils.data import DataLoader, IterableDataset
 
 from .devices import move
@@ -28,6 +29,16 @@ def trusted_len(source: Any) -> int | None:
         return len(source)
     except (TypeError, NotImplementedError):
         return None
+
+
+def check_source(where: str, source: Any) -> None:
+    """Refuse what cannot be walked through where it is typed."""
+    if isinstance(source, type):
+        raise TypeError(f"{where}: source is the class {source.__name__}; give an instance of it.")
+    if isinstance(source, Module):
+        raise TypeError(f"{where}: source is a module. The model comes first: {where}(model, source, step).")
+    if not callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+        raise TypeError(f"{where}: source must be an iterable of batches or a function that makes one, got {source!r}.")
 
 
 class Source:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ..checks import whole
-from ..intervals import Interval, highest, interval, rounds
+from ..intervals import Interval, epochs, highest, interval, rounds
 from ..state import State
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ class checkpoint:
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         is_due: Any = self.every
+        at_ends = isinstance(self.every, rounds | epochs)  # then there is nothing to ask within a pass
         for state in states:
-            if not state.replayed:
+            if not state.replayed and (state.last or not at_ends):
                 due = is_due(state)
                 if due or (self.best is not None and state.last):
                     if state.run is None:

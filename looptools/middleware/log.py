@@ -39,11 +39,12 @@ class log:
     Example:
         >>> batches = [torch.ones(4, 1)] * 4
         >>> phase = lt.train(torch.nn.Linear(1, 1), batches, lambda model, batch: 0 * model(batch).mean())
-        >>> run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(every=2, line=lambda line: print(line[:40].strip()))
+        >>> without_time = lambda line: print(line.rpartition('  ')[0])
+        >>> run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(every=2, line=without_time)
         >>> results = run.to_end()
         train  epoch 1/1  iteration 2/4  loss 0
         train  epoch 1/1  iteration 4/4  loss 0
-        train  epoch 1/1  loss 0  0.0 s
+        train  epoch 1/1  loss 0
     """
 
     folder: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))

@@ -121,9 +121,8 @@ class schedule_lr:
             else:
                 if not self._ready:  # in a plain pipe
                     self.on_build(state.run)
-                factor = 1.0
-                if warmup.count:  # counts updates under a schedule by epoch too
-                    factor = warmup(updates if by == "epoch" else done)
+                steps = updates if by == "epoch" else done  # a warm-up counts updates under a schedule by epoch too
+                factor = warmup(steps) if steps < warmup.count else 1.0
                 for group in optimizer.param_groups:
                     lr = group["lr"]
                     if "initial_lr" not in group:

@@ -5,12 +5,11 @@ from .horizon import extend, length, total
 from .names import find_slot
 from .rehearse import rehearse
 from .replace import replace
-from .stages import after, at_work, before, stages
+from .stages import after, before, stages
 from .surviving import drop, redo
 
 __all__ = [
     "after",
-    "at_work",
     "before",
     "describe",
     "drop",

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 from ..cursor import Cursor
 from ..interrupts import interrupts
 from ..state import State
 from .names import find_one, matches
-
-T = TypeVar("T")
-
-
-def at_work(cursor: Cursor, action: Callable[[], T]) -> T:
-    """Do *action* as part of the run's work: Ctrl-C waits meanwhile."""
-    cursor.enter()
-    try:
-        return action()
-    finally:
-        cursor.leave()
 
 
 def stages(cursor: Cursor) -> Iterator[tuple[str, State]]:
@@ -33,11 +21,11 @@ def stages(cursor: Cursor) -> Iterator[tuple[str, State]]:
         yield cursor.line[-1].name, unseen
         return
     if cursor.state is not None and cursor.at >= len(cursor.line) and cursor.failed is None:
-        at_work(cursor, lambda: _finish(cursor))  # left behind its last part: seen already
+        cursor.work(lambda: _finish(cursor))  # left behind its last part: seen already
     if cursor.state is None:
         cursor.failed = None
-        if not at_work(cursor, cursor.begin):
-            at_work(cursor, cursor.conclude)
+        if not cursor.work(cursor.begin):
+            cursor.work(cursor.conclude)
             return
         assert cursor.state is not None
         yield f"{cursor.passes.plan.phase}/batches", cursor.state
@@ -46,11 +34,11 @@ def stages(cursor: Cursor) -> Iterator[tuple[str, State]]:
             cursor.go_on()
         slot = cursor.line[cursor.at]
         after = cursor.line[cursor.at + 1] if cursor.at + 1 < len(cursor.line) else None
-        at_work(cursor, lambda: cursor.advance(after))  # noqa: B023 (called at once)
+        cursor.work(lambda: cursor.advance(after))  # noqa: B023 (called at once)
         if cursor.state is not None:
             yield slot.name, cursor.state
     if cursor.state is not None:
-        at_work(cursor, lambda: _finish(cursor))
+        cursor.work(lambda: _finish(cursor))
 
 
 def _finish(cursor: Cursor) -> None:
