@@ -196,7 +196,7 @@ def test_scrubbing_leaves_only_the_name_of_a_file(line, clean):
 
 @pytest.mark.parametrize(
     "text",
-    ["/work/main", '"/tmp/x"', "(/home/me", "/root/", "~/x", r"C:\Users\me", "/tmp/ipykernel_12/3.py", "/Users/x"],
+    ["/work/x", '"/tmp/x"', "(/home/me", "/root/", "~/x", r"C:\Users\me", "/tmp/ipykernel_12/3.py", "/Users/x"],
 )
 def test_what_tells_of_a_machine_is_found(text):
     """The rule above can fail."""
