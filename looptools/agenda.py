@@ -11,6 +11,7 @@ from .checks import whole_number
 from .intervals import iterations
 from .phases import Phase
 from .pipeline import name_of
+from .state import Progress
 
 if TYPE_CHECKING:
     from .run import Run
@@ -91,12 +92,20 @@ class Agenda:
             exact = min(exact, most)
         return exact, most
 
-    def walk(self, lengths: Mapping[int, int | None]) -> Iterator[tuple[Entry, int | None]]:
-        """All passes of the run with their lengths; *lengths* says those of the sources by ``id`` of the phase.
+    def walk(
+        self, lengths: Mapping[int, int | None], place: Place | None = None, done: Progress | None = None
+    ) -> Iterator[tuple[Entry, int | None]]:
+        """All passes of the run with their lengths, or those from *place* on when so much is *done*.
 
         Ends early at a training pass of unknown length, since the rest depends on it.
+
+        Args:
+            lengths: Those of the sources by ``id`` of the phase.
+            place: Where the walk begins.
+            done: What is done by then.
         """
-        place, epoch, iteration, round = Place(), 0, 0, 0
+        place, done = place or Place(), done or Progress()
+        epoch, iteration, round = done.epoch, done.iteration, done.round
         while (entry := self.upcoming(place, epoch, iteration, round)) is not None:
             length: int | None = 0
             if isinstance(entry.phase, Phase):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -64,6 +65,19 @@ def require_optimizer(what: str, value: Any) -> None:
             f"{what} must be a torch.optim.Optimizer, got {value!r}. "
             "Make one first: torch.optim.SGD(model.parameters(), lr=0.1)."
         )
+
+
+def known(wanted: str, metrics: Iterable[str]) -> str:
+    """The end of an error about a metric that is not there: those that are, and what may have been meant.
+
+    Example:
+        >>> known("val/acuracy", ["val/loss", "val/accuracy"])
+        "known are val/loss, val/accuracy. Did you mean 'val/accuracy'?"
+    """
+    names = list(metrics)
+    close = difflib.get_close_matches(wanted, names, cutoff=0.5)
+    meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"known are {', '.join(names) or 'none yet; they are written at the end of each pass'}.{meant}"
 
 
 def one_of(*choices: str) -> Validator:

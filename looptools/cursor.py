@@ -8,7 +8,6 @@ next: `state` and `at` are all there is to know between two parts.
 
 from __future__ import annotations
 
-import inspect
 import signal
 from _signal import getsignal  # type: ignore[import-not-found]  # C; the wrapper in signal makes 7 calls of it
 from collections.abc import Callable, Iterable
@@ -17,12 +16,10 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import attrs
-
 from .agenda import Agenda
+from .failures import Failed, add_notes, stopped_by_user_code
 from .interrupts import MAIN, interrupts
 from .links import Slot, close_streams, raise_all
-from .middleware.average import average
 from .passes import Passes
 from .phases import Phase
 from .pipeline import Middleware, flatten, fresh, name_of, numbered
@@ -32,26 +29,6 @@ if TYPE_CHECKING:
     from .run import Run
 
 T = TypeVar("T")
-WHAT_NOW = "run.replace(...) mends it, next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it."
-
-
-@attrs.frozen(eq=False)
-class Failed:
-    """What stopped a run: ``run.failed``.
-
-    Args:
-        part: Full name of the part that raised.
-        state: The state it had; None if a pass's first batch could not be fetched.
-        exception: What it raised.
-    """
-
-    part: str
-    state: State | None
-    exception: BaseException
-
-    def __repr__(self) -> str:
-        where = "" if self.state is None else f", iteration={self.state.iteration}, epoch={self.state.epoch}"
-        return f"Failed(part={self.part!r}{where}, exception={self.exception!r})"
 
 
 class Cursor:
@@ -68,11 +45,12 @@ class Cursor:
         self.handed: State | None = None  # the last one that was finished
         self.unseen: State | None = None  # finished, but Ctrl-C came before it could be handed out
         self.at_boundary: list[Callable[[Run], Any]] = []
+        self.unsure: Callable[[], None] | None = None  # asks, before each iteration, whether anybody trains
         self.stopping = ""
         self.ended = ""
         self.started = False
         self.resumed_from: Path | None = None
-        self.began = self.began_before = 0.0  # seconds at which this iteration began, and the one before
+        self.began = self.began_before = self.fetched = 0.0  # seconds: this iteration, the one before, its batch
         self._counted = self._closing = self._working = False
         self._entered = 0.0
         self.lines = {id(phase): self._line(phase) for phase in agenda.phases}
@@ -158,6 +136,8 @@ class Cursor:
 
     def begin(self) -> bool:
         """Fetch a batch and open its iteration; False at the end of the run, which `conclude` then closes."""
+        if self.unsure is not None:
+            self.unsure()
         if self.ended or self.stopping:
             return False
         if self.passes.phase is None and not self._open_pass():
@@ -167,6 +147,7 @@ class Cursor:
             self.state = self.passes.fetch(self.run)
         except BaseException as error:
             raise self._fail(f"{self.passes.plan.phase}/batches", error)
+        self.fetched = perf_counter() - self._entered
         self.at = 0
         return True
 
@@ -174,6 +155,9 @@ class Cursor:
         """Give the open state to the parts that come next, up to *until*; or to all of them."""
         while self.state is not None and self.at < len(self.line):
             slot = self.line[self.at]
+            if self.state.dropped and not slot.closes:  # only who closes the pass learns of its end
+                self.at += 1
+                continue
             if slot is until:
                 return
             slot.link.state = self.state
@@ -209,13 +193,17 @@ class Cursor:
         if not state.dropped:
             self.handed = state
 
-    def _open_pass(self) -> bool:
-        """Go on to the next pass; False if there is none."""
+    def start(self) -> None:
+        """From here on the run has begun: files may be written."""
         if not self.started:
             for slot in self.slots:
                 if hasattr(slot.part, "on_start"):
                     slot.part.on_start(self.run)
             self.started = True
+
+    def _open_pass(self) -> bool:
+        """Go on to the next pass; False if there is none."""
+        self.start()
         self.line, done = [], self.line
         self.close(slot for slot in done if not slot.of_run)
         while (entry := self.passes.upcoming()) is not None and not self.stopping:
@@ -293,11 +281,7 @@ class Cursor:
         else:
             state.last = True
             state.round_last = self.passes.is_round_last()
-            self.at = self.closing_part()
-
-    def closing_part(self) -> int:
-        """Number of the part from which on all must learn that a pass has ended: `average`, then the run's."""
-        return next((n for n, s in enumerate(self.line) if s.of_run or isinstance(s.part, average)), len(self.line))
+            self.at = self.line.index(slot) + 1
 
     def _refuse(self, slot: Slot, out: Any) -> None:
         error: Exception = RuntimeError(
@@ -316,26 +300,11 @@ class Cursor:
             slot.forget()
         if self.failed is not None and self.failed.exception is error:
             return error  # on its way out through a part that had asked for another state
-        if isinstance(error, StopIteration):  # would end the caller's `for` in silence
-            cause = error
-            error = RuntimeError(f"{name} raised StopIteration: something that it calls next() on is exhausted.")
-            error.__cause__ = cause
+        error = stopped_by_user_code(name, error)
         if get_ident() == MAIN and interrupts.at_work == 1:
             interrupts.pending = False  # this stops the run already
-        state, names = self.state, self.part_names
-        self.failed = Failed(name, state, error)
-        number = f", part {names.index(name) + 1} of {len(names)}" if name in names else ""
-        iteration, epoch = (state or self.progress).iteration, (state or self.progress).epoch
-        error.add_note(f"looptools: {name} (iteration {iteration}, epoch {epoch}{number}).")
-        if slot is not None and state is not None and hasattr(slot.part, "leaves"):
-            left = slot.part.leaves(state)
-            if left:
-                error.add_note(f"What it did before it failed cannot be undone: {left}.")
-        code = getattr(slot.part, "__code__", None) if slot is not None else None
-        if slot is not None and code is not None and inspect.isgeneratorfunction(slot.part) and code.co_nlocals > 2:
-            error.add_note(f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
-        if isinstance(error, Exception):
-            error.add_note(WHAT_NOW)
+        self.failed = Failed(name, self.state, error)
+        add_notes(self.failed, self.part_names, self.progress, slot)
         return error
 
     def go_on(self) -> None:

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,24 +79,6 @@ def training(out: str | Path, epochs: int) -> lt.Run:
     )
 
 
-def plot(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw loss and accuracy by epoch, from ``run.history``."""
-    from matplotlib.figure import Figure  # not pyplot: no window opens, and nobody's backend is changed
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for phase, color in (("train", "tab:gray"), ("val", "tab:blue")):
-            rows = [row for row in history if row["phase"] == phase]
-            axes.plot([row["epoch"] + 1 for row in rows], [row[metric] for row in rows], ".-", color=color, label=phase)
-        axes.set(xlabel="epoch", ylabel=metric, yscale="log" if metric == "loss" else "linear")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
 def demo(out: str | Path = "runs/digits", epochs: int = 12) -> lt.Run:
     """Train for *epochs* epochs, or go on from where *out* stands; then plot, and say what came of it.
 
@@ -117,7 +98,7 @@ def demo(out: str | Path = "runs/digits", epochs: int = 12) -> lt.Run:
     with run:  # files are closed whatever happens, Ctrl-C included
         run.to_end()
 
-    plot(run.history, out / "curves.png")
+    lt.plot(run, path=out / "curves.png")
     best = run.best["val/accuracy"]
     print(f"""
 Best accuracy: {best["value"]:.4f} on 360 held-back scans, after epoch {best["epoch"]} of {run.progress.epoch}.
@@ -127,7 +108,7 @@ Best accuracy: {best["value"]:.4f} on 360 held-back scans, after epoch {best["ep
   TensorBoard   {shlex.join(["tensorboard", "--logdir", str(out / "tensorboard")])}
   the model     import torch, looptools.demo
                 model = looptools.demo.network()
-                model.load_state_dict(torch.load({str(out / "best.pt")!r}, weights_only=True)["models"]["model"])
+                model.load_state_dict(torch.load({str(out / "best.pt")!r}, weights_only=True)["weights"])
   train longer  {command(out, 2 * run.progress.epoch)}""")
     return run
 

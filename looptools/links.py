@@ -12,13 +12,14 @@ from .state import State
 class Slot:
     """A part in its place: its name, its generator while it has one, and the link that feeds it."""
 
-    __slots__ = ("link", "name", "of_run", "part", "starting", "stream")
+    __slots__ = ("guard", "link", "name", "of_run", "part", "starting", "stream")
 
     def __init__(self, name: str, part: Middleware, refill: Callable[[Slot], State], of_run: bool) -> None:
         self.name = name
         self.part: Any = part
         self.of_run = of_run  # one generator for the whole run, or a new one each pass
         self.stream: Iterator[State] | None = None
+        self.guard: Callable[[Iterator[State], str], Iterator[State]] | None = None  # put around the generator
         self.starting = False  # it may not ask for states before it has returned an iterator
         self.link = Link(self, refill)
 
@@ -27,12 +28,19 @@ class Slot:
         """The name without phase and recipe: ``backward`` of ``train/D.backward``."""
         return self.name.rpartition("/")[2].rpartition(".")[2].partition("#")[0]
 
+    @property
+    def closes(self) -> bool:
+        """Whether the part must learn that a pass has ended even if its last state was dropped."""
+        return self.of_run or getattr(self.part, "closes_pass", False)
+
     def begin(self) -> Iterator[State]:
         """A new generator."""
         state, self.link.state = self.link.state, None
         self.starting = True
         try:
             self.stream = start(self.part, self.link, self.name)
+            if self.guard is not None:
+                self.stream = self.guard(self.stream, self.name)
         finally:
             self.starting = False
         self.link.state = state

@@ -104,10 +104,20 @@ def _weighted_sum(values: list[Any], weights: list[float]) -> Any:
     return total + (column * torch.tensor([weight for _, weight in pairs], device=device, dtype=dtype)).sum()
 
 
+def number(scalar: Tensor) -> float:
+    """One scalar as a float; waits for its device.
+
+    Example:
+        >>> number(torch.tensor(0.5))
+        0.5
+    """
+    return float(scalar.detach().item())
+
+
 def read(values: Mapping[str, Any]) -> dict[str, float]:
     """Turn scalars into floats: one wait for each device that holds some.
 
-    This is the one place of the library where tensors become numbers.
+    This and `number` are the one place of the library where tensors become numbers.
 
     Example:
         >>> read({"loss": torch.tensor(0.5), "lr": 0.1})

@@ -30,6 +30,7 @@ class Passes:
         self.phase: Phase | None = None  # of the pass under way; None between passes
         self.plan = Plan(phase="", trains=False)
         self.began = 0.0  # the run's seconds when the pass began
+        self.began_at = 0  # training iterations before the pass
         phases = agenda.phases
         self.names = {id(p): name for p, name in zip(phases, numbered(p.name for p in phases), strict=True)}
         self.sources = {id(p): Source(p.source, self.names[id(p)], p.max_batches, p.non_blocking) for p in phases}
@@ -37,7 +38,6 @@ class Passes:
         self.stretch()
         self._entry: Entry
         self._source: Source
-        self._from = 0  # training iterations before the pass
         self._index = 0  # of the batch that comes next
         self._exact: int | None = None  # iterations of the pass, if that is known,
         self._most: int | None = None  # and how many there may be at most
@@ -62,13 +62,13 @@ class Passes:
         if not goes_on:
             source.begin()
         self.phase, self._entry, self._source, self._index, self.began = phase, entry, source, 0, seconds
-        self._from = self.progress.iteration
+        self.began_at = self.progress.iteration
         self.plan = Plan(phase=name, trains=phase.trains, round=self.progress.round)
         self._measure(entry)
 
     def _measure(self, entry: Entry) -> None:
         """Find out how far the pass under way goes."""
-        self._exact, self._most = self.agenda.length(entry, self._source.length, self._from)
+        self._exact, self._most = self.agenda.length(entry, self._source.length, self.began_at)
         self.plan = attrs.evolve(
             self.plan,
             length=self._exact,
@@ -93,7 +93,9 @@ class Passes:
             self._source.begin()
             batch = self._source.fetch()
         if batch is END:
-            raise RuntimeError(f"{self.plan.phase}: its source gave no batch.")
+            once = " It is spent after one pass: give a function that makes it anew (lambda: ...), or a list."
+            why = once if hasattr(self._source.given, "__next__") else ""
+            raise RuntimeError(f"{self.plan.phase}: its source gave no batch.{why}")
         phase, progress, index = self.phase, self.progress, self._index
         assert phase is not None
         self._index = index + 1

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from . import html
 from .checks import whole_number
 from .middleware.average import average
 from .middleware.forward import forward
+from .options import given, source_of
 from .pipeline import Middleware, check, flatten, fresh, numbered
-from .sources import check_source
+from .sources import check_source, trusted_len
 
 if TYPE_CHECKING:
     from .run import Run
@@ -47,7 +49,12 @@ class Phase:
 
     def __repr__(self) -> str:
         parts = " | ".join(name for name, _ in self.parts())
-        return f"<Phase {self.name}: {type(self.model).__name__} on {type(self.source).__name__}: {parts}>"
+        source = source_of(self, trusted_len(self.source))
+        return f"<Phase {self.name}: {type(self.model).__name__} on {source}: {parts}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, given(part)) for name, part in self.parts()]
+        return html.of_phase(self, source_of(self, trusted_len(self.source)), rows)
 
     def on(self, source: Any) -> Phase:
         """The same pipe on other data."""

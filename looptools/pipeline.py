@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import attrs
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .state import State
 
@@ -132,6 +133,10 @@ def check(middleware: Any, where: str) -> None:
         )
     if not callable(middleware):
         cure = " Write lt.optimize(optimizer)." if isinstance(middleware, Optimizer) else ""
+        if isinstance(middleware, LRScheduler):
+            cure = " Write lt.schedule_lr(optimizer, scheduler)."
+        elif hasattr(middleware, "middlewares"):
+            cure = " Phases stand beside each other: lt.workflow([(train, 1), (val, 1)], max_epochs=...)."
         kind = type(middleware).__name__
         raise TypeError(f"{where}: a middleware is a callable that takes a stream of states, got a {kind}.{cure}")
     if inspect.isfunction(middleware) and f"{middleware.__module__}.".startswith(f"{__package__}.middleware."):

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
-from . import checkpoints, stepping
+from . import checkpoints, order, stepping
 from .agenda import Agenda, agenda
-from .checks import whole_number
-from .cursor import Cursor, Failed
+from .checks import known, whole_number
+from .cursor import Cursor
+from .failures import Failed
+from .phases import Phase
 from .pipeline import Middleware, check
 from .state import Progress, State
+from .training_doubt import training_doubt
 
 
 class Results(dict[str, float]):
     """The newest means, by phase and metric; a key that is not there says which are."""
 
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
     def __missing__(self, key: str) -> float:
-        raise KeyError(f"nobody has written {key!r}; known are {', '.join(self) or 'none yet'}")
+        if not self and not self._run.begun:
+            raise KeyError(
+                f"there is no {key!r}: the run has not begun. Go through it first: next(run), for state in run, or "
+                "run.to_end()."
+            )
+        raise KeyError(f"nobody has written {key!r}; {known(key, self)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # copied or pickled, it is plain numbers without their run
 
 
 class Run:
@@ -36,8 +52,8 @@ class Run:
         results: The newest mean of every metric, as in ``run.results["val/accuracy"]``.
         history: A dictionary for every pass: phase, epoch, iteration, round, iterations of the pass, training
             iterations of the run after it (trained), seconds, and each mean under its own name.
-        best: What `checkpoint` found best so far, by metric: its value, the epochs and iterations done by then, and
-            the file's name.
+        best: What `checkpoint` found best so far, by metric: its value, the epochs and iterations done by then, the
+            file's name, and with ``top=`` the ranked list under ``"top"``.
 
     Example:
         >>> model = torch.nn.Linear(1, 1)
@@ -56,7 +72,7 @@ class Run:
         self._cursor: Cursor | None = None
         self._optimizer: Any = None
         self.progress = Progress()
-        self.results: dict[str, float] = Results()
+        self.results: dict[str, float] = Results(self)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, dict[str, Any]] = {}
 
@@ -76,6 +92,8 @@ class Run:
         self._cursor = cursor
         try:
             checkpoints.require_owners(cursor)
+            order.check_order(cursor)
+            cursor.unsure = training_doubt(cursor)
             self._optimizer = checkpoints.only(checkpoints.inventory(cursor).optimizers)
             for slot in cursor.slots:
                 if hasattr(slot.part, "on_build"):
@@ -88,6 +106,11 @@ class Run:
     # Iterating
 
     def __iter__(self) -> Run:
+        if self.ended:
+            raise RuntimeError(
+                f"run: it is over ({self.ended}), so there is nothing to iterate over. run.reset() starts it afresh "
+                "(weights stay as they are), run.extend(max_epochs=...) moves its end."
+            )
         return self
 
     def __next__(self) -> State:
@@ -106,12 +129,18 @@ class Run:
         return True
 
     def take(self, n: int) -> Iterator[State]:
-        """The next *n* states, or as many as there are."""
-        return itertools.islice(self, whole_number("take: n", n, 0))
+        """The next *n* states, or as many as there are.
+
+        Lazy: nothing happens before it is iterated over, which is said if it never is.
+        """
+        whole_number("take: n", n, 0)
+        self._warn_if_over(f"run.take({n})")
+        states = itertools.islice(iter(self.__next__, None), n)
+        return stepping.Lazily(states, f"run.take({n})", f"for state in run.take({n})")
 
     def to_end(self) -> dict[str, float]:
-        """Run to the end, and return ``run.results``."""
-        for _ in self:
+        """Run to the end, if it is not there yet, and return ``run.results``."""
+        for _ in iter(self.__next__, None):
             pass
         return self.results
 
@@ -136,7 +165,7 @@ class Run:
             self._cursor.rest()
         self._cursor = None
         self.progress = Progress()
-        self.results, self.history, self.best = Results(), [], {}
+        self.results, self.history, self.best = Results(self), [], {}
 
     def extend(
         self, *, max_epochs: int | None = None, max_iterations: int | None = None, max_rounds: int | None = None
@@ -167,6 +196,11 @@ class Run:
         return "" if self._cursor is None else self._cursor.ended
 
     @property
+    def begun(self) -> bool:
+        """Whether it has begun its first iteration."""
+        return self._cursor is not None and self._cursor.started
+
+    @property
     def resumed(self) -> bool:
         """Whether it goes on from a checkpoint."""
         return self._cursor is not None and self._cursor.resumed_from is not None
@@ -175,6 +209,16 @@ class Run:
     def failed(self) -> Failed | None:
         """The part that raised, its state and the exception; None once the run has gone on."""
         return None if self._cursor is None else self._cursor.failed
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase whose pass is under way; None between two passes."""
+        return None if self._cursor is None else self._cursor.passes.phase
+
+    @property
+    def fetched(self) -> float:
+        """Seconds at work at which this iteration's batch was there."""
+        return self.cursor.fetched
 
     @property
     def model(self) -> Any:
@@ -192,7 +236,10 @@ class Run:
         return stepping.find_slot(self.cursor, name).part
 
     def __repr__(self) -> str:
-        return stepping.describe(self._agenda, self._cursor)
+        return stepping.describe(self._agenda, self._cursor, self._middlewares)
+
+    def _repr_html_(self) -> str:
+        return stepping.html_of_run(self)
 
     # Stepping and surviving
 
@@ -211,8 +258,21 @@ class Run:
         cursor.work(lambda: stepping.drop(cursor))
 
     def stages(self) -> Iterator[tuple[str, State]]:
-        """Walk through one iteration, or the rest of the open one: yields (name, state) after each part."""
-        return stepping.stages(self.cursor)
+        """Walk through one iteration, or the rest of the open one: yields (name, state) after each part.
+
+        Lazy, as `take` is.
+        """
+        self._warn_if_over("run.stages()")
+        return stepping.Lazily(stepping.stages(self.cursor), "run.stages()", "for name, state in run.stages()")
+
+    def _warn_if_over(self, verb: str) -> None:
+        if self.ended:
+            warnings.warn(
+                f"{verb}: the run is over ({self.ended}), there are no more states. run.reset() or "
+                "run.extend(max_epochs=...) goes on.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def after(self, name: str) -> State:
         """Go on until part *name* has seen a state, and return the state; ``next(run)`` completes it.
@@ -243,6 +303,20 @@ class Run:
     def explain(self) -> None:
         """Print the resolved pipe: every part with its name and options, in the order in which they run."""
         print(stepping.explain(self.cursor))
+
+    def validate(self, phase: Phase) -> dict[str, float]:
+        """Run one pass of *phase* here and now: before training, or on demand between two iterations.
+
+        Its means go to ``run.results``, ``run.history`` and the log; the workflow goes on as if nothing had been. It
+        begins the run, so resume first. A phase that is not the workflow's, of a name that is taken, is ``val#2``.
+
+        Returns:
+            The means of the pass by their own names, as in ``{"accuracy": 0.97}``.
+
+        Raises:
+            RuntimeError: If an iteration is open.
+        """
+        return stepping.validate(self, phase)
 
     def rehearse(self, batches: int = 3) -> dict[str, float]:
         """Run *batches* batches of every phase, logs and a checkpoint going to a temporary folder; put all back.
@@ -286,9 +360,16 @@ class Run:
         facts |= {"round": cursor.progress.round, "iterations": state.index + 1, "trained": trained, "seconds": seconds}
         self.history.append({**facts, **means})
 
-    def total(self, by: str, optimizer: Optimizer | None = None) -> int | None:
-        """How many updates (of *optimizer*), iterations or epochs the whole run has; None if that cannot be known."""
-        return stepping.total(self.cursor, by, optimizer)
+    def total(self, by: str, optimizer: Optimizer | None = None, epochs: int | None = None) -> int | None:
+        """How many updates (of *optimizer*), iterations or epochs the whole run has, or its first *epochs*.
+
+        None if that cannot be known.
+        """
+        return stepping.total(self.cursor, by, optimizer, epochs)
+
+    def batches_after(self, part: Any) -> int | None:
+        """Iterations that go through *part* after the pass under way; None if that cannot be known."""
+        return stepping.batches_after(self.cursor, part)
 
     def is_last(self, state: State) -> bool:
         """What ``state.last`` asks."""
@@ -342,7 +423,7 @@ def workflow(
 
     Example:
         >>> model = torch.nn.Linear(1, 1)
-        >>> step = lambda model, batch: model(batch).mean()
+        >>> step = lambda model, batch: {"output": model(batch).mean()}
         >>> train, val = lt.train(model, [torch.ones(1, 1)] * 2, step), lt.validate(model, [torch.ones(1, 1)], step)
         >>> [f"{state.phase} {state.epoch}" for state in lt.workflow([(train, 1), (val, 1)], max_epochs=2)]
         ['train 0', 'train 0', 'val 0', 'train 1', 'train 1', 'val 1']

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .devices import move
 from .generators import get_generators, set_generators
 from .interrupts import deaf_workers
+from .modes import put_back, torch_modes
 
 END: Any = object()  # what fetch gives when the source is exhausted
 _NOTHING: Any = object()
@@ -85,7 +86,9 @@ class Source:
         Raises:
             RuntimeError: If the source can be walked through only once, and was.
         """
-        self._at_start = {"process": get_generators(), "own": self.own_generators()}
+        keeps = isinstance(self.given, DataLoader) and self.given.persistent_workers
+        resets = keeps and (self.begun > 0 or self.given._iterator is not None)
+        self._at_start = {"process": get_generators(), "own": self.own_generators(), "resets": resets}
         self._iterator = self._iterate(self.begun)
         self.begun += 1
         self.taken = 0
@@ -100,6 +103,9 @@ class Source:
             sampler.set_epoch(walk)
         if isinstance(iterable, DataLoader) and iterable.num_workers > 0:
             with deaf_workers(iterable):
+                if iterable is self.given and iterable._iterator is None and self._start["resets"]:
+                    iter(iterable)  # its workers were let go: the first iterator draws a seed, which a reset does not
+                    self._set_generators()
                 return iter(iterable)
         iterator = iter(iterable)
         by_index = isinstance(iterable, DataLoader) and not isinstance(iterable.dataset, IterableDataset)
@@ -126,13 +132,13 @@ class Source:
         if self._unmoved is not _NOTHING:
             batch = self._unmoved
         else:
-            modes = _modes() if self._may_leak else None
+            modes = torch_modes() if self._may_leak else None
             try:
                 batch = next(self._iterator, END)
             except BaseException:
                 self._failed = True
                 raise
-            if modes is not None and modes != _modes():
+            if modes is not None and modes != torch_modes():
                 self._refuse_leak(modes)
             if self.length is not None and (batch is END) is (self.taken < self.length):
                 self._refuse_length()
@@ -150,7 +156,7 @@ class Source:
         self._failed = True
         if isinstance(self._iterator, types.GeneratorType):
             self._iterator.close()  # leaves its `with`
-        torch.set_grad_enabled(modes[0])
+        put_back(modes)
         raise RuntimeError(
             f"{self.name}: its source left gradients, inference_mode or autocast switched. Move its yield out of the "
             "`with torch.no_grad():` block; only the work goes inside."
@@ -191,8 +197,7 @@ class Source:
                 )
             self._failed = False
             return
-        set_generators(start["process"])
-        self.set_own_generators(start["own"])
+        self._set_generators()
         self._iterator = self._iterate(self.begun - 1)
         for _ in range(taken):
             try:
@@ -207,6 +212,16 @@ class Source:
         self._ahead = self._unmoved = _NOTHING
         if taken:  # at the first batch the order is drawn; it must be drawn as it was
             set_generators(now)
+
+    @property
+    def _start(self) -> dict[str, Any]:
+        assert self._at_start is not None
+        return self._at_start
+
+    def _set_generators(self) -> None:
+        """Have the random generators stand where they stood before the walk began."""
+        set_generators(self._start["process"])
+        self.set_own_generators(self._start["own"])
 
     def skip_failed(self) -> None:
         """Count the batch that could not be fetched as taken."""
@@ -263,12 +278,6 @@ class Source:
         self.set_own_generators(state["own"])
         self._iterator, self._ahead = None, _NOTHING
         self._failed = self._at_start is not None
-
-
-def _modes() -> tuple[bool, ...]:
-    """The modes of torch that a generator can leave switched."""
-    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
 def _parts(loader: Any) -> list[Any]:

@@ -9,6 +9,8 @@ import attrs
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import html
+
 if TYPE_CHECKING:
     from .run import Run
 
@@ -89,7 +91,9 @@ class State:
         outputs: What the step returned, as a mapping.
         loss: The step's loss, a tensor of one element that carries the graph.
         num_samples: Samples in the batch: the weight of this iteration in averages.
-        metrics: The step's scalars, detached; parts may add to them.
+        metrics: The step's scalars, detached; parts may add to them. They are averaged over the pass.
+        gauges: Scalars that stand for themselves (a rate, a peak, a metric over the whole pass): not averaged; a log
+            row shows the newest, ``run.results`` those of the pass's last state.
         lr: Learning rate of the first param group, in force at this iteration's update.
         grad_norm: Norm of the gradients before clipping, a tensor of shape ``()``.
         updates: Whether the optimizer moves in this iteration.
@@ -97,6 +101,7 @@ class State:
             out. To drop a state, do not yield it.
         replayed: Whether it is computed a second time only to get back somewhere; parts that write files keep still.
         committed: Why the iteration cannot be redone from its batch any more; empty while it can.
+        forwarded: The `forward` that made outputs and loss.
         plan: The horizon of the pass.
         run: The run that hands it out; None in a pipe over hand-made states.
 
@@ -121,12 +126,14 @@ class State:
     loss: Tensor | None = None
     num_samples: int = attrs.field(default=1, repr=False)
     metrics: dict[str, Any] = attrs.field(factory=dict)
+    gauges: dict[str, Any] = attrs.field(factory=dict, repr=False)
     lr: float | None = attrs.field(default=None, repr=lambda lr: f"{lr:g}" if isinstance(lr, float) else repr(lr))
     grad_norm: Tensor | None = attrs.field(default=None, repr=False)
     updates: bool = False
     dropped: bool = attrs.field(default=False, repr=False)
     replayed: bool = attrs.field(default=False, repr=False)
     committed: str = attrs.field(default="", repr=False)
+    forwarded: Any = attrs.field(default=None, repr=False)
     plan: Plan | None = attrs.field(default=None, repr=False)
     run: Run | None = attrs.field(default=None, repr=False)
 
@@ -138,6 +145,9 @@ class State:
         value = self.run.is_last(self) if name == "last" else self.last and self.run.is_round_last(self)
         setattr(self, name, value)
         return value
+
+    def _repr_html_(self) -> str:
+        return html.of_state(self)
 
     def stop(self, why: str) -> None:
         """End the run after this iteration; *why* is shown in ``run.ended``.

@@ -50,7 +50,7 @@ def test_best_checkpoint_loads_as_the_demo_says(two_epochs):
     """The weights in best.pt go into the demo's network, with no code run on the way."""
     best = torch.load(two_epochs / "best.pt", weights_only=True)
     model = network()
-    model.load_state_dict(best["models"]["model"])
+    model.load_state_dict(best["weights"])
 
     accuracies = [row["accuracy"] for row in rows(two_epochs) if row["phase"] == "val"]
     assert best["best"]["val/accuracy"]["value"] == max(accuracies)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from loops import Planted, Trips, assert_same, classify, device_reads, loader, network
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import looptools as lt
 
@@ -89,7 +90,59 @@ def test_the_device_is_read_once_a_row():
     run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(every=3, line=lambda line: reads.append("row"))
     next(run)
 
-    with device_reads() as reads:
+    with device_reads("cuda") as reads:
         list(run.take(6))
 
     assert reads == ["tolist", "row"] * 3
+
+
+def test_tokens_are_counted_on_the_device():
+    """Weighted accumulation, weight norms and a peak of memory read nothing between two rows."""
+    model, optimizer, data = make()
+    batches = [tuple(tensor.cuda() for tensor in batch) for batch in data]
+    phase = lt.train(model, batches, classify)
+    phase = phase | lt.backward(optimizer, accumulate=2, weigh=lambda state: (state.batch[1] >= 0).sum())
+    phase = phase | lt.watch(model, every=2) | lt.update(optimizer)
+    run = lt.workflow([(phase, 1)], max_epochs=2) | lt.timer() | lt.memory(every=1)
+    next(run)
+
+    with device_reads("cuda") as reads:
+        state = list(run.take(5))[-1]
+
+    assert reads == []
+    assert state.metrics["weight_norm/0.weight"].device.type == "cuda"
+    assert state.gauges["memory_mb"] > 0
+
+
+def test_a_nan_guard_reads_the_device_once_an_iteration():
+    """As the loop by hand that looks at its loss."""
+    model, optimizer, data = make()
+    phase = lt.train(model, data, classify, device="model") | lt.nan_guard() | lt.optimize(optimizer)
+    run = iter(phase)
+    next(run)
+
+    with device_reads("cuda") as reads:
+        list(run.take(4))
+
+    assert reads == ["item"] * 4
+
+
+def test_an_average_on_the_device_equals_the_one_by_hand():
+    """EMA behind fp32 updates, bit for bit."""
+
+    def averages(by_hand):
+        model, optimizer, data = make()
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        if not by_hand:
+            phase = lt.train(model, data, classify, device="model") | lt.optimize(optimizer) | lt.ema(averaged)
+            phase.to_end()
+            return averaged.state_dict()
+        model.train()
+        for batch in data:
+            optimizer.zero_grad()
+            classify(model, tuple(tensor.cuda() for tensor in batch))["loss"].backward()
+            optimizer.step()
+            averaged.update_parameters(model)
+        return averaged.state_dict()
+
+    assert_same(averages(by_hand=False), averages(by_hand=True))

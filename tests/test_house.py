@@ -17,21 +17,25 @@ READERS = {
     "means.py": "the one place where tensors become numbers",
     "generators.py": "NumPy's generator state, never on a device",
 }
-OPTIONAL = {"tensorboard", "tqdm", "matplotlib", "sklearn", "numpy", "IPython", "safetensors", "torchmetrics", "wandb"}
+OPTIONAL = {"tensorboard", "tqdm", "matplotlib", "sklearn", "numpy", "IPython", "safetensors", "torchmetrics"}
+OPTIONAL |= {"wandb", "mlflow", "psutil"}
 
 # An arrow may go from a room to itself or to one further down; one room a line, the first match counts.
 ROOMS = [
     ("__main__.py", "demo.py", "mmcv/"),
     ("__init__.py",),
     ("run.py",),
-    ("stepping/", "checkpoints/"),
-    ("cursor.py", "passes.py", "agenda.py"),
+    ("curves.py", "trainings.py"),
+    ("stepping/", "checkpoints/", "order.py", "training_doubt.py"),
+    ("cursor.py", "failures.py", "passes.py", "agenda.py"),
     ("phases.py",),
     ("middleware/",),
     ("links.py",),
-    ("pipeline.py", "intervals.py", "schedules.py", "sinks.py", "sources.py"),
-    ("means.py", "modes.py", "devices.py", "generators.py", "interrupts.py", "checks.py"),
-    ("state.py",),
+    ("pipeline.py", "intervals.py", "schedules/", "sinks/", "sources.py", "groups.py"),
+    ("scaling.py", "weighing.py"),
+    ("gradients.py",),
+    ("figures.py", "options.py", "modes.py", "devices.py", "generators.py", "interrupts.py", "checks.py"),
+    ("state.py", "html.py", "means.py"),
 ]
 UPWARD = {("phases.py", "run.py"): "a phase that is iterated alone is a run of one pass"}
 

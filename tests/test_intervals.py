@@ -63,3 +63,78 @@ def test_seconds_count_the_runs_own_work(monkeypatch):
 
     assert seen
     assert all(now // 6 > before // 6 for before, now in seen)
+
+
+def test_seconds_are_not_due_at_once_in_a_resumed_run(tmp_path, monkeypatch):
+    """What the run had done before is behind it."""
+    clock = iter(range(10_000))
+    monkeypatch.setattr("looptools.cursor.perf_counter", lambda: float(next(clock)))
+
+    def make(due):
+        def watch(states):
+            for state in states:
+                due.append(lt.seconds(80)(state))
+                yield state
+
+        phase = lt.train(None, [1.0] * 4, lambda model, batch: {"x": batch})
+        return lt.workflow([(phase, 1)], max_epochs=9) | watch | lt.checkpoint(tmp_path)
+
+    list(make([]).take(24))
+    due: list[bool] = []
+    run = make(due)
+    run.resume()
+    assert 80 < run.progress.seconds < 150
+    next(run)
+
+    assert due == [False]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "error", "words"),
+    [
+        ({}, ValueError, "give either at_least= or at_most= for val/x"),
+        ({"at_least": 1.0, "at_most": 2.0}, ValueError, "give either at_least= or at_most= for val/x"),
+        ({"at_least": "1"}, TypeError, "the bound of val/x must be a number, got '1'"),
+        ({"at_most": True}, TypeError, "the bound of val/x must be a number, got True"),
+    ],
+)
+def test_bad_targets_are_refused(bounds, error, words):
+    """Where they are typed."""
+    with pytest.raises(error, match=f"^target: {words}"):
+        lt.target("val/x", **bounds)
+
+
+@pytest.mark.parametrize(
+    ("target", "due"),
+    [
+        (lt.target("val/x", at_least=2.0), [1, 2]),
+        (lt.target("val/x", at_most=2.0), [0, 1]),
+    ],
+)
+def test_a_target_is_due_on_the_last_state_of_passes_that_reach_it(target, due):
+    """Of its own phase, on the bound too; what is not a number never reaches one."""
+    left, seen = iter([1.0, 2.0, 3.0, float("nan")]), []
+
+    def watch(states):
+        for state in states:
+            if target(state):
+                assert (state.phase, state.last) == ("val", True)
+                seen.append(state.plan.round)
+            yield state
+
+    val = lt.validate(None, lambda: [next(left)], lambda model, batch: {"x": batch})
+    train = lt.train(None, [1.0, 2.0], lambda model, batch: {"x": batch})
+    (lt.workflow([(val, 1), (train, 1)], max_rounds=4) | watch).to_end()
+
+    assert seen == due
+
+
+def test_a_target_that_nobody_writes_is_found_after_the_first_round():
+    """With the known ones; states without a run have no results."""
+    val = lt.validate(None, [1.0], lambda model, batch: {"x": batch})
+    run = lt.workflow([(val, 1)], max_rounds=1) | lt.stop_after(lt.target("val/y", at_least=1.0))
+
+    with pytest.raises(LookupError, match='target: no part writes "val/y"; known are val/x'):
+        run.to_end()
+    with pytest.raises(RuntimeError, match="target: these states belong to no run"):
+        lt.target("val/x", at_most=1.0)(lt.State(phase="val", last=True))

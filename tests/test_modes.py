@@ -104,6 +104,7 @@ def test_train_and_eval_mode_follow_the_phase_and_frozen_modules_stay_frozen():
     assert torch.equal(model[1].running_mean, frozen)
 
 
+@pytest.mark.filterwarnings("ignore:train. nobody calls backward, so nothing is trained:UserWarning")
 def test_a_model_that_fits_already_is_not_touched(monkeypatch):
     """`model.train()` costs time and forgets frozen parts, so it is called at a change of phase only."""
     calls = []
@@ -188,6 +189,7 @@ def test_piped_is_used():
     assert piped(Case()).to_end()["train/accuracy"] > 0
 
 
+@pytest.mark.filterwarnings("ignore:train. nobody calls backward, so nothing is trained:UserWarning")
 def test_a_part_of_a_model_that_is_validated_by_itself_comes_back_to_train_mode():
     """`validate(model.inner)` switches the inner model only; the next training pass finds it switched back."""
     inner = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(), torch.nn.BatchNorm1d(1))

@@ -63,3 +63,17 @@ def test_the_table_names_every_middleware():
     files = [path.stem for path in (ROOT / "looptools" / "middleware").glob("*.py") if path.stem != "__init__"]
 
     assert [name for name in files if f"`{name}" not in table] == []
+
+
+def test_the_recipes_run(tmp_path, monkeypatch):
+    """Pasted one after another into an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(block, names)
+
+    assert names["run"].results
+    assert "never written" not in (tmp_path / "runs/own/log.jsonl").read_text()

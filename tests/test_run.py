@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -211,21 +214,21 @@ def test_extend_moves_the_end_and_schedules_stretch(model, sgd, batches):
         run.extend(max_epochs=1)
 
 
-def test_stop_ends_the_run_after_this_iteration(model, batches):
+def test_stop_ends_the_run_after_this_iteration(batches):
     """`state.stop` from the caller's body or from a part: this state is the last, and `run.ended` says why."""
-    run = lt.workflow([(lt.train(model, batches, lambda model, batch: model(batch)), 1)], max_epochs=9)
+    run = lt.workflow([(lt.train(None, batches, lambda model, batch: batch.mean()), 1)], max_epochs=9)
 
     for state in run:
         if state.iteration == 4:
             state.stop("enough")
 
     assert (run.ended, run.progress.iteration) == ("enough", 5)
-    assert list(run) == []
+    assert next(run, None) is None
 
 
-def test_reset_starts_afresh(model, batches):
+def test_reset_starts_afresh(batches):
     """After `reset` counters, results and history are new; weights stay."""
-    run = lt.workflow([(lt.train(model, batches, lambda model, batch: model(batch)), 1)], max_epochs=1)
+    run = lt.workflow([(lt.train(None, batches, lambda model, batch: batch.mean()), 1)], max_epochs=1)
     run.to_end()
 
     run.reset()
@@ -234,6 +237,7 @@ def test_reset_starts_afresh(model, batches):
     assert [state.iteration for state in run] == [0, 1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:train. nobody calls backward, so nothing is trained:UserWarning")
 def test_history_has_a_row_a_pass(model, batches):
     """Each row says phase, counters and means."""
     phase = lt.train(model, batches, lambda model, batch: model(batch))
@@ -256,6 +260,7 @@ def test_len_is_refused_where_a_source_has_none(batches):
         len(run)
 
 
+@pytest.mark.filterwarnings("ignore:train. nobody calls backward, so nothing is trained:UserWarning")
 def test_zip_of_two_phases_is_sound(batches):
     """Two phases in step, over one model with a frozen layer: each finds its mode, frozen layers stay frozen."""
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
@@ -300,9 +305,9 @@ def test_a_run_by_rounds_can_be_extended():
     assert len(list(run)) == 2
 
 
-def test_results_say_what_is_known(model, batches):
+def test_results_say_what_is_known(batches):
     """A misspelt metric lists the others."""
-    run = lt.workflow([(lt.train(model, batches, lambda model, batch: model(batch)), 1)], max_epochs=1)
+    run = lt.workflow([(lt.train(None, batches, lambda model, batch: batch.mean()), 1)], max_epochs=1)
 
     with pytest.raises(KeyError, match="nobody has written 'train/acc'; known are train/loss"):
         run.to_end()["train/acc"]
@@ -315,3 +320,53 @@ def test_closing_from_within_an_iteration_is_refused(batches, verb):
 
     with pytest.raises(RuntimeError, match=f"{verb}: the run is at work.* End it with state.stop"):
         next(run)
+
+
+def test_a_finished_run_is_not_iterated_in_silence(batches):
+    """`for` says why it ended; `next` has nothing more, `to_end` gives the results, `extend` and `reset` go on."""
+    run = lt.workflow([(phases({"t": 2})["t"], 1)], max_epochs=1)
+    results = run.to_end()
+
+    for iterate in (list, iter, enumerate, lambda run: list(zip(run, [1], strict=False)), lambda run: lt.pipe(run)):
+        with pytest.raises(RuntimeError, match=r"run: it is over \(finished: 1 epoch, 2 iterations\)"):
+            iterate(run)
+    assert next(run, None) is None
+    assert run.to_end() == results
+
+    run.extend(max_epochs=2)
+    assert len(list(run)) == 2
+    run.reset()
+    assert len(list(run)) == 4
+
+
+@pytest.mark.parametrize("verb", ["take", "stages"])
+def test_a_finished_run_has_nothing_to_take_and_says_so(verb):
+    """No error: `while states := list(run.take(10))` is a way to go through a run."""
+    run = lt.workflow([(phases({"t": 2})["t"], 1)], max_epochs=1)
+    assert len(list(run.take(9))) == 2
+
+    with pytest.warns(RuntimeWarning, match=f"run.{verb}.*: the run is over .finished.* run.extend"):
+        assert list(run.take(9) if verb == "take" else run.stages()) == []
+
+
+def test_take_takes_no_more_than_it_should():
+    """One batch a state, none before it is asked; what it leaves is there for the next."""
+    fetched = []
+    source = lambda: (fetched.append(n) or torch.ones(1) for n in range(9))  # noqa: E731
+    run = lt.workflow([(lt.train(None, source, lambda m, b: b), lt.iterations(9))], max_epochs=1)
+
+    states = run.take(2)
+    assert fetched == []
+    assert [state.index for state in states] == [0, 1]
+    assert fetched == [0, 1]
+    assert [state.index for state in zip(run.take(1), run.take(2), strict=False).__next__()] == [2, 3]
+    assert list(run.take(0)) == []
+
+
+def test_results_can_be_pickled_and_copied(batches):
+    """They leave the run behind."""
+    run = lt.workflow([(phases({"t": 2})["t"], 1)], max_epochs=1)
+    results = run.to_end()
+
+    assert pickle.loads(pickle.dumps(results)) == copy.deepcopy(results) == {"t/loss": 1.0}
+    assert type(copy.copy(results)) is dict

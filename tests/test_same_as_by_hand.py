@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 
 import pytest
 import torch
-from loops import Case, Planted, Trips, assert_same, by_hand, piped
+from loops import Case, Planted, assert_same, by_hand, piped, tripping
 
 import looptools as lt
 
@@ -20,8 +21,17 @@ CASES = [
     Case(accumulate=4, cosine=True),
     Case(cosine=True, max_norm=1.0),
     Case(optimizer="AdamW", cosine=True, workers=2),
+    Case(optimizer="Adam", max_norm=0.5, norm_type=math.inf),
+    Case(max_norm=0.5, norm_type=1),
+    Case(optimizer="Adam", max_value=0.02, cosine=True),
+    Case(optimizer="AdamW", max_value=0.02, max_norm=0.05, accumulate=2),
+    Case(optimizer="AdamW", max_norm=0.5, accumulate=3, cosine=True, across_epochs=True),  # 14 = 4 * 3 + 2
+    Case(accumulate=4, across_epochs=True, cosine=True, max_value=0.02),
+    Case(accumulate=20, across_epochs=True),  # one window, of all 14
+    Case(optimizer="AdamW", autocast=torch.bfloat16, accumulate=2),
 ]
 HARD = CASES[3]
+ACROSS = CASES[11]
 PARTS = ["train/forward", "train/schedule_lr", "train/backward", "train/clip_grad_norm", "train/update"]
 PARTS += ["train/average", "val/forward", "val/average", "run/log"]
 
@@ -42,7 +52,7 @@ def test_in_one_go(case):
     assert run.progress.iteration == 14
 
 
-@pytest.mark.parametrize("case", [CASES[0], HARD, CASES[6]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], HARD, CASES[6], ACROSS], ids=str)
 def test_after_breaks(case):
     """Leaving the loop and coming back loses nothing and repeats nothing."""
     run = piped(case)
@@ -66,7 +76,7 @@ def test_across_take():
     assert_same(weights(run), by_hand(HARD))
 
 
-@pytest.mark.parametrize("case", [CASES[0], HARD], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], HARD, ACROSS], ids=str)
 def test_every_iteration_through_stages(case):
     """Walking through all parts of all iterations gives the same bits."""
     run = piped(case)
@@ -92,7 +102,9 @@ def test_stages_left_anywhere_and_completed_by_next():
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("case", [Case(cosine=True, max_norm=0.5), HARD], ids=["every-batch", "accumulated"])
+@pytest.mark.parametrize(
+    "case", [Case(cosine=True, max_norm=0.5), HARD, ACROSS], ids=["every-batch", "accumulated", "across-epochs"]
+)
 def test_after_an_exception_at_the_entry_of_a_part(case, name):
     """An exception on the way into any part, at any iteration, changes no bit of what follows.
 
@@ -100,7 +112,7 @@ def test_after_an_exception_at_the_entry_of_a_part(case, name):
     """
     run = piped(case) | lt.log(line=None)
     part = next(slot for slot in run.cursor.slots if slot.name == name)
-    part.part = Trips(part.part, at=lambda state: True)
+    part.part = tripping(part.part, at=lambda state: True)
     failures = 0
 
     while not run.ended:
@@ -140,10 +152,11 @@ def test_a_step_that_raises_is_redone_with_the_same_dropout():
     assert_same(weights(run), by_hand(HARD), but=["running_mean", "running_var", "num_batches_tracked"])
 
 
+@pytest.mark.parametrize("across_epochs", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_source_of_unknown_length(accumulate):
+def test_a_source_of_unknown_length(accumulate, across_epochs):
     """Without a length the bits are the same; a short last window is scaled up, which costs its last digits."""
-    case = Case(max_norm=0.5, accumulate=accumulate, length_known=False)
+    case = Case(max_norm=0.5, accumulate=accumulate, across_epochs=across_epochs, length_known=False)
     run = piped(case)
 
     run.to_end()
@@ -178,12 +191,14 @@ def test_any_mix_of_failures_and_ways_to_go_on(seed):
         optimizer=rng.choice(["SGD", "AdamW"]),
         max_norm=rng.choice([None, 0.5]),
         accumulate=rng.choice([1, 2, 3, 4]),
+        across_epochs=rng.random() < 0.5,
+        max_value=rng.choice([None, 0.02]),
         cosine=rng.random() < 0.5,
     )
     run = piped(case) | lt.log(line=None, every=rng.choice([1, 3, 50]))
     for slot in run.cursor.slots:
         chance = rng.random() * 0.3
-        slot.part = Trips(slot.part, at=lambda state, chance=chance: rng.random() < chance)
+        slot.part = tripping(slot.part, at=lambda state, chance=chance: rng.random() < chance)
     failures = 0
 
     def go_on():

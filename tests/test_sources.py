@@ -162,3 +162,22 @@ def test_by_default_the_loader_draws_what_it_draws_in_the_plain_loop(workers):
 
     assert all(torch.equal(a, b) for a, b in zip(by_hand, run, strict=True))
     assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_the_order_is_the_same_after_a_sleep_within_a_later_pass(persistent):
+    """A new iterator draws a seed that a loader with persistent workers draws only for its first one."""
+
+    def seen(sleeps):
+        torch.manual_seed(0)
+        data = DataLoader(torch.arange(12.0), 2, shuffle=True, num_workers=1, persistent_workers=persistent)
+        run = lt.workflow([(lt.validate(None, data, lambda model, batch: {}), 1)], max_rounds=3)
+        batches = []
+        for state in run:
+            batches.append(state.batch.tolist())
+            if len(batches) in sleeps:
+                with run:
+                    pass
+        return batches, torch.rand(1).item()
+
+    assert seen({2, 8, 15}) == seen(())

@@ -9,11 +9,14 @@ import os
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
+
+from ..state import Progress
 
 MANIFEST = "checkpoints.json"
 
@@ -76,7 +79,7 @@ def read_known(path: Path) -> dict[str, Any] | None:
         manifest = read_manifest(path.parent)
     except RuntimeError:
         return None
-    entries = [*manifest.checkpoints, *([manifest.best] if manifest.best else [])]
+    entries = [*manifest.checkpoints, *manifest.best]
     return next((entry for entry in reversed(entries) if entry["file"] == path.name), None)
 
 
@@ -88,6 +91,20 @@ def _damage_within(path: Path) -> str:
     except (zipfile.BadZipFile, OSError) as error:
         return str(error)
     return "" if bad is None else f"the checksum of {bad} is wrong"
+
+
+def stem_of(progress: Progress) -> str:
+    """The name of what is saved after so much."""
+    return f"epoch_{progress.epoch:04d}-iteration_{progress.iteration:06d}"
+
+
+def free_name(stem: str, taken: Container[str]) -> str:
+    """The first free one of ``stem.pt``, ``stem-2.pt`` and so on."""
+    name, number = f"{stem}.pt", 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}.pt"
+    return name
 
 
 def write(path: Path, data: bytes) -> None:
@@ -118,10 +135,10 @@ def _sync_folder(folder: Path) -> None:
 
 @attrs.define
 class Manifest:
-    """What a folder holds: its checkpoints, oldest first, and ``best.pt``."""
+    """What a folder holds: its checkpoints, oldest first, and the best ones of each metric, by rank."""
 
     checkpoints: list[dict[str, Any]] = attrs.field(factory=list)
-    best: dict[str, Any] | None = None
+    best: list[dict[str, Any]] = attrs.field(factory=list)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -137,7 +154,9 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Manifest(sorted(content["checkpoints"], key=lambda entry: entry["number"]), content.get("best"))
+        checkpoints = sorted(content["checkpoints"], key=lambda entry: entry["number"])
+        best = content.get("best") or []
+        return Manifest(checkpoints, [best] if isinstance(best, dict) else best)  # there used to be one only
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimeError(f"checkpoint: {path} cannot be read ({error}). Resume from a file beside it.") from error
 

@@ -17,9 +17,17 @@ from ..pipeline import numbered
 T = TypeVar("T")
 
 
+Held = tuple[str, str, Any]  # recipe's prefix, the field's name, what it holds
+
+
 @attrs.frozen(eq=False)
 class Inventory:
-    """Everything with a state, by name. The first of a kind has the plain name, as in ``"model"``."""
+    """Everything with a state, by name.
+
+    Models of phases are called ``"model"``, ``"model#2"`` and so on, those of training phases first; a module that a
+    part has among its options has that option's name, as in ``"averaged"``. Of the rest, the first of a kind has the
+    plain name, as in ``"optimizer"``.
+    """
 
     modules: dict[str, Module]
     optimizers: dict[str, Optimizer]
@@ -29,20 +37,29 @@ class Inventory:
 
 def inventory(cursor: Cursor) -> Inventory:
     """Go through phases and parts, and list by identity what they hold."""
-    held = [("", phase.model) for phase in cursor.passes.agenda.phases]
-    for slot in cursor.slots:
-        recipe = slot.name.rpartition("/")[2].rpartition(".")[0]
-        kind: Any = type(slot.part)
-        if attrs.has(kind):
-            values = (getattr(slot.part, field.name, None) for field in attrs.fields(kind) if field.init)
-            held += [(f"{recipe}." if recipe else "", value) for value in values]
-    modules = [(prefix, module) for prefix, value in held for module in _modules(value)]
+    held = [found for slot in cursor.slots for found in _options(slot.name, slot.part)]
+    phases = cursor.passes.agenda.phases
+    trained = [("", "model", phase.model) for phase in phases if phase.trains]
+    others = [("", "model", phase.model) for phase in phases if not phase.trains]
+    in_order = [*trained, *held, *others]  # the first to hold a thing names it
+    modules = [(prefix + word, module) for prefix, word, value in in_order for module in _modules(value)]
+    optimizers = [(p, one) for p, _, value in held for one in (value if isinstance(value, tuple) else (value,))]
     return Inventory(
-        _named(modules, "model", Module),
-        _named(held, "optimizer", Optimizer),
-        _named(held, "scaler", GradScaler),
-        _named(held, "scheduler", LRScheduler),
+        _named(modules, Module),
+        _named([(f"{prefix}optimizer", one) for prefix, one in optimizers], Optimizer),
+        _named([(f"{prefix}scaler", value) for prefix, _, value in held], GradScaler),
+        _named([(f"{prefix}scheduler", value) for prefix, _, value in held], LRScheduler),
     )
+
+
+def _options(name: str, part: Any) -> Iterator[Held]:
+    """The options of the part called *name*."""
+    recipe = name.rpartition("/")[2].rpartition(".")[0]
+    kind: Any = type(part)
+    if attrs.has(kind):
+        for field in attrs.fields(kind):
+            if field.init:
+                yield f"{recipe}." if recipe else "", field.name.lstrip("_"), getattr(part, field.name, None)
 
 
 def _modules(value: Any) -> Iterator[Module]:
@@ -55,11 +72,13 @@ def _modules(value: Any) -> Iterator[Module]:
         yield from (v for v in value if isinstance(v, Module))
 
 
-def _named(held: Iterable[tuple[str, Any]], word: str, kind: type[T]) -> dict[str, T]:
-    unique = {id(value): (prefix, value) for prefix, value in reversed(list(held)) if isinstance(value, kind)}
-    in_order = list(reversed(unique.values()))
-    names = numbered(prefix + word for prefix, _ in in_order)
-    return {name: value for name, (_, value) in zip(names, in_order, strict=True)}
+def _named(held: Iterable[tuple[str, Any]], kind: type[T]) -> dict[str, T]:
+    unique: dict[int, tuple[str, T]] = {}
+    for word, value in held:
+        if isinstance(value, kind):
+            unique.setdefault(id(value), (word, value))
+    names = numbered(word for word, _ in unique.values())
+    return {name: value for name, (_, value) in zip(names, unique.values(), strict=True)}
 
 
 def only(things: Mapping[str, T]) -> Any:

@@ -1,13 +1,15 @@
-"""Write a checkpoint, keep the last ones and the best one."""
+"""Write a checkpoint, keep the last ones and the best ones."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..intervals import highest
-from .files import Manifest, describe, read_manifest, serialize, write, write_manifest
+from .best import enter, stems, take, weights
+from .files import Manifest, describe, free_name, read_manifest, serialize, stem_of, write, write_manifest
 from .tree import capture
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def save(
-    run: Run, folder: Path, *, keep: int | None = None, best: highest | None = None, only_best: bool = False
+    run: Run, folder: Path, *, keep: int | None = None, best: Sequence[highest] = (), only_best: bool = False
 ) -> None:
     """Save the run at a boundary; older checkpoints go only once the new one is safe.
 
@@ -23,8 +25,8 @@ def save(
         run: The run.
         folder: Where to.
         keep: How many of the newest stay; None for all.
-        best: If the newest result is the best so far, it is written to ``best.pt`` as well.
-        only_best: Write nothing but that.
+        best: By what results are ranked: if the newest is among the best so far, it is written to their files as well.
+        only_best: Write nothing but these.
 
     Raises:
         LookupError: If nobody writes the metric of *best*.
@@ -34,29 +36,43 @@ def save(
     state = run.state
     border = state is not None and state.last
     manifest = read_manifest(folder)
-    entries = manifest.checkpoints
-    progress = run.progress
-    name = _free_name(f"epoch_{progress.epoch:04d}-iteration_{progress.iteration:06d}", entries)
-    before = dict(run.best)
-    is_best = best is not None and _take_best(run, best, state is not None and state.round_last)
-    if only_best and not is_best:
-        return
+    name = free_name(stem_of(run.progress), {entry["file"] for entry in manifest.checkpoints})
+    before, named = run.best, stems(best)
     try:
-        data = serialize(capture(run, border=border))
-        if not only_best:
-            write(folder / name, data)
-        if is_best:
-            write(folder / "best.pt", data)
+        results = [take(run, criterion, folder, named[criterion.metric]) for criterion in best]
+        taken = [result for result in results if result is not None]
+        if only_best and not taken:
+            return
+        files = _Files(capture(run, border=border))
+        data = b"" if only_best else files.write(run.model, folder, [name])
+        written = [(result, files.write(result.model, folder, result.files)) for result in taken]
     except BaseException:
         run.best = before
         raise
-    if is_best:
-        manifest.best = {"file": "best.pt"} | describe(data)
     old = [] if only_best else _add(manifest, name, data, border, keep, run)
+    for result, its_data in written:
+        old += enter(manifest, result, describe(its_data))
     write_manifest(folder, manifest)
     for entry in old:
         with contextlib.suppress(OSError):
             (folder / entry["file"]).unlink()
+
+
+class _Files:
+    """Writes one tree to several files, which differ in the model whose plain weights they hold."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self.tree = tree
+        self._data: dict[int, bytes] = {}
+
+    def write(self, model: Any, folder: Path, names: list[str]) -> bytes:
+        data = self._data.get(id(model))
+        if data is None:
+            plain = weights(model)
+            data = self._data[id(model)] = serialize(self.tree if plain is None else {**self.tree, "weights": plain})
+        for name in names:
+            write(folder / name, data)
+        return data
 
 
 def _add(manifest: Manifest, name: str, data: bytes, border: bool, keep: int | None, run: Run) -> list[dict[str, Any]]:
@@ -69,31 +85,3 @@ def _add(manifest: Manifest, name: str, data: bytes, border: bool, keep: int | N
     old = [entry for entry in (entries[:-keep] if keep else []) if entry is not newest_border]
     manifest.checkpoints = [entry for entry in entries if entry not in old]
     return old
-
-
-def _free_name(stem: str, entries: list[dict[str, Any]]) -> str:
-    taken = {entry["file"] for entry in entries}
-    name, number = f"{stem}.pt", 1
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}.pt"
-    return name
-
-
-def _take_best(run: Run, best: highest, round_ends: bool) -> bool:
-    """Whether the newest result is the best so far; then it is noted in ``run.best``."""
-    phase, _, metric = best.metric.rpartition("/")
-    rows = [row for row in run.history if row["phase"] == phase and metric in row]
-    if round_ends and not rows:  # after a whole round everybody has written
-        known = ", ".join(sorted(run.results)) or "none"
-        raise LookupError(f'best: no part writes "{best.metric}"; known are {known}.')
-    value = run.results.get(best.metric)
-    if value is None or rows[-1]["trained"] != run.progress.iteration:  # it was measured on other weights
-        return False
-    so_far = run.best.get(best.metric, {}).get("value")
-    if not best.better(value, so_far):
-        return False
-    progress = run.progress
-    facts = {"value": value, "epoch": progress.epoch, "iteration": progress.iteration, "file": "best.pt"}
-    run.best = {**run.best, best.metric: facts}
-    return True

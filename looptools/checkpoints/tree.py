@@ -76,6 +76,7 @@ def restore(run: Run, tree: dict[str, Any]) -> None:
     updates = progress.pop("updates")
     for name, value in progress.items():
         setattr(cursor.progress, name, value)
+    cursor.began = cursor.progress.seconds  # else what is due every n seconds would be due at once
     optimizers = inventory(cursor).optimizers
     cursor.progress.updates = {optimizers[name]: n for name, n in updates.items() if n}
     cursor.stopping = tree["stopping"]  # a run that was stopped stays so, until it is extended

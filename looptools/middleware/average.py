@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
@@ -20,8 +20,9 @@ class average:
     """Average the metrics of a pass, weighted by ``num_samples``, into ``run.results`` on its last state.
 
     The last part of every phase, put there by itself. Tensors stay on their device until the last state; then the
-    device is read once. The means of phase ``val`` get the keys ``"val/loss"`` and so on, and ``run.history`` a row.
-    Where the source does not know its length, reading ``state.last`` fetches the next batch here, after the update.
+    device is read once. The means of phase ``val`` get the keys ``"val/loss"`` and so on, and ``run.history`` a row;
+    ``state.gauges`` of the last state go there as they are. Where the source does not know its length, reading
+    ``state.last`` fetches the next batch here, after the update.
 
     Args:
         window: Average over the last *window* iterations of the pass instead of all. An ``average`` that is
@@ -38,6 +39,7 @@ class average:
 
     window: int | None = attrs.field(default=None, kw_only=True, validator=attrs.validators.optional(whole()))
     means: Means = attrs.field(init=False, repr=False)
+    closes_pass: ClassVar[bool] = True
 
     def __attrs_post_init__(self) -> None:
         self.means = Means(self.window)
@@ -58,5 +60,5 @@ class average:
                     means.fold()
                 state.committed = state.committed or "average has counted it"
             if last and state.run is not None:
-                state.run.record(state, means.read())
+                state.run.record(state, means.read(state.gauges))
             yield state

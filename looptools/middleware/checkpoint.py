@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from ..checks import whole
-from ..intervals import Interval, epochs, highest, interval, rounds
+from ..intervals import Interval, epochs, highest, interval, is_criterion, rounds, target
 from ..state import State
 
 if TYPE_CHECKING:
@@ -21,9 +21,18 @@ def _count_or_none(part: Any, field: Any, value: Any) -> None:
         whole()(part, field, value)
 
 
-def _is_best(part: Any, field: Any, best: Any) -> None:
-    if best is not None and not isinstance(best, highest):
-        raise TypeError(f'checkpoint: best must be lt.highest("val/accuracy") or lt.lowest(...), got {best!r}.')
+def _criteria(best: Any) -> Any:
+    """Read the option ``best=``: one criterion, several, or None."""
+    return () if best is None else tuple(best) if isinstance(best, list | tuple) else (best,)
+
+
+def _are_best(part: Any, field: Any, best: tuple[Any, ...]) -> None:
+    for criterion in best:
+        is_criterion(part, field, criterion)
+    metrics = [criterion.metric for criterion in best]
+    twice = next((metric for metric in metrics if metrics.count(metric) > 1), None)
+    if twice is not None:
+        raise ValueError(f'checkpoint: best has "{twice}" twice. To keep several of its best, give top=.')
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
@@ -34,15 +43,21 @@ class checkpoint:
     its state is handed out. A file is written whole or not at all; older ones go only once the new one is safe.
     ``run.resume()`` goes on from the newest sound one.
 
+    Every file also holds under ``"weights"`` a plain ``state_dict`` to load into a model: in a best file that of the
+    model that the metric was measured on, else that of the first training phase's, with `AveragedModel`,
+    `DataParallel` and the like taken off: ``model.load_state_dict(torch.load(file, weights_only=True)["weights"])``.
+
     Args:
         folder: Where to, made if missing. A folder that holds another run's checkpoints is refused.
         every: How often: ``lt.rounds(1)`` (after the validation), ``lt.epochs(n)``, a number of training
             iterations, or a predicate of the state. ``run.resume()`` goes on from the newest that was saved at the
             end of a pass; those in the middle of one hold the weights, but cannot be gone on from yet.
         keep: How many of the newest files stay; None for all. The newest that can be gone on from always stays.
-        best: ``lt.highest("val/accuracy")`` or ``lt.lowest("val/loss")``, looked at after every pass, whatever
-            *every* says: the best is kept in ``best.pt``, and ``run.best`` says what it was. What is not finite is
-            never best. The weights alone: ``torch.load("best.pt", weights_only=True)["models"]["model"]``.
+        best: ``lt.highest("val/accuracy")`` or ``lt.lowest("val/loss")``, looked at whenever the metric's phase ends a
+            pass, whatever *every* says: the best is kept in ``best.pt``, and ``run.best`` says what it was. Of a list
+            of them, each has its own file, as in ``best-val-accuracy.pt``. With ``lt.highest(..., top=3)`` the three
+            best are kept besides, named after their epoch and iteration and ranked in ``run.best[metric]["top"]``.
+            What is not finite is never best; of equals the older one is.
 
     Raises:
         FileExistsError: If the folder holds checkpoints that the run was not resumed from, before it begins.
@@ -57,10 +72,16 @@ class checkpoint:
         ['best.pt', 'checkpoints.json', 'epoch_0000-iteration_000000-2.pt', 'epoch_0000-iteration_000000.pt']
     """
 
-    folder: Path = attrs.field(converter=Path)
+    folder: Path = attrs.field(converter=Path, repr=str)
     every: int | Interval = attrs.field(factory=lambda: rounds(1), kw_only=True, converter=interval)
     keep: int | None = attrs.field(default=3, kw_only=True, validator=_count_or_none)
-    best: highest | None = attrs.field(default=None, kw_only=True, validator=_is_best)
+    best: tuple[highest, ...] = attrs.field(
+        default=None,
+        kw_only=True,
+        converter=_criteria,
+        validator=_are_best,
+        repr=lambda best: repr(best[0] if len(best) == 1 else list(best)),
+    )
 
     def on_build(self, run: Run) -> None:
         """See that the folder can be written to."""
@@ -73,11 +94,11 @@ class checkpoint:
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         is_due: Any = self.every
-        at_ends = isinstance(self.every, rounds | epochs)  # then there is nothing to ask within a pass
+        at_ends = isinstance(self.every, rounds | epochs | target)  # then there is nothing to ask within a pass
         for state in states:
             if not state.replayed and (state.last or not at_ends):
                 due = is_due(state)
-                if due or (self.best is not None and state.last):
+                if due or (self.best and state.last):
                     if state.run is None:
                         raise RuntimeError("checkpoint: these states belong to no run, so there is nothing to save.")
                     state.run.at_boundary(self._save if due else self._save_if_best)

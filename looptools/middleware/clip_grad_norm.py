@@ -1,8 +1,9 @@
-"""Keep gradients within bounds."""
+"""Keep gradients within bounds: all of them as one vector."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import attrs
 import torch
@@ -12,11 +13,16 @@ from ..checks import positive
 from ..state import State
 
 
+def tensors(part: str, params: Any) -> list[Tensor]:
+    """Read an option ``params``: tensors, or one of them, as torch's own functions take them."""
+    found = [params] if isinstance(params, Tensor) or not hasattr(params, "__iter__") else list(params)
+    if not found or not all(isinstance(parameter, Tensor) for parameter in found):
+        raise TypeError(f"{part}: params must be tensors, as in model.parameters(), got {params!r:.60}.")
+    return found
+
+
 def _parameters(params: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    params = [params] if isinstance(params, Tensor) else list(params)
-    if not params or not all(isinstance(parameter, Tensor) for parameter in params):
-        raise TypeError(f"clip_grad_norm: params must be tensors, as in model.parameters(), got {params!r:.60}.")
-    return params
+    return tensors("clip_grad_norm", params)
 
 
 @attrs.frozen(eq=False)
@@ -29,10 +35,10 @@ class clip_grad_norm:
     Args:
         params: Parameters whose gradients count as one vector.
         max_norm: Upper bound, in the units of the gradients; ``inf`` measures without clipping.
-        norm_type: Order of the norm; ``inf`` for the largest element.
+        norm_type: Order of the norm, any positive number; ``inf`` for the largest element.
 
     Raises:
-        ValueError: If *max_norm* is not positive.
+        ValueError: If *max_norm* or *norm_type* is not positive.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor(3.0))

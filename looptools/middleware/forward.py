@@ -6,6 +6,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import attrs
@@ -39,6 +40,10 @@ class forward:
 
     If the same state comes a second time, after a failure, the torch generators are first set back to what they
     were, so that dropout draws the same.
+
+    It may stand several times in a pipe (a GAN's two steps). Each one's loss and outputs take the place of those
+    before it, and so do metrics of the same name: the ``"loss"`` that is averaged and logged is the last one's. Give
+    them names of their own to see both: ``{"loss": loss, "d_loss": loss}``.
 
     Args:
         step: ``step(model, batch)`` -> the loss, or a mapping with ``"loss"``. A third parameter named ``state``
@@ -91,7 +96,7 @@ class forward:
                 for generator in self._generators:
                     self._drawn.append(generator.get_state())
             if self.autocast is not None:
-                result = self._under_autocast(state)
+                result = self._in_its_modes(state)
             elif state.trains:
                 result = self._call(state) if call else self.step(model, state.batch)  # type: ignore[misc]
             else:
@@ -102,7 +107,31 @@ class forward:
                 finally:
                     torch.set_grad_enabled(grad)
             self._take(state, result)
+            state.forwarded = self
             yield state
+
+    def recompute(self, state: State) -> Tensor:
+        """The loss of the state's batch once more, at the weights as they are now and with fresh random numbers.
+
+        In the phase's mode and under the same autocast; nothing on the state changes, but BatchNorm's statistics move
+        once more. For optimizers that evaluate the loss several times a step.
+
+        Raises:
+            TypeError: If the step gives no loss.
+        """
+        if self._device is None:
+            self._look_at(state.model)
+        if isinstance(state.model, Module) and state.model.training is not state.trains:
+            self._settle(state.model, state.trains)
+        with torch.set_grad_enabled(state.trains):
+            result = self._in_its_modes(state)
+        loss = result.get("loss") if isinstance(result, Mapping) else result
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(
+                f"forward: the loss of iteration {state.iteration} of {state.phase} was to be computed again, but the "
+                f"step gave none this time (it returned {type(result).__name__})."
+            )
+        return loss
 
     def carry_over(self, old: forward) -> None:
         """Take the place of *old*: a state that comes again finds the same random numbers."""
@@ -130,11 +159,12 @@ class forward:
             index = torch.cuda.current_device() if self._device.index is None else self._device.index
             self._generators.append(torch.cuda.default_generators[index])
 
-    def _under_autocast(self, state: State) -> Any:
+    def _in_its_modes(self, state: State) -> Any:
+        """What the step returns, under autocast if that is asked for, and in validation without gradients."""
         assert self._device is not None
         call = self._call or (lambda state: self.step(state.model, state.batch))  # type: ignore[misc]
-        grad = state.trains and torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad), torch.autocast(self._device.type, self.autocast):
+        cast = torch.autocast(self._device.type, self.autocast) if self.autocast is not None else nullcontext()
+        with torch.set_grad_enabled(state.trains and torch.is_grad_enabled()), cast:
             return call(state)
 
     def _take(self, state: State, result: Any) -> None:
@@ -169,7 +199,9 @@ class forward:
         metrics = state.metrics
         for key, value in outputs.get("log_vars", outputs).items():
             if isinstance(value, Tensor):
-                if value.numel() == 1 and not value.is_complex():
+                # Another tensor of one element may be the logits of a last batch of one sample.
+                scalar = not value.ndim or (value.numel() == 1 and (key == "loss" or "log_vars" in outputs))
+                if scalar and not value.is_complex():
                     value = value.detach() if value.requires_grad else value
                     if id(outputs.get(key)) in self._own or value._is_view():  # the update will change it
                         value = value.clone()
@@ -183,7 +215,10 @@ class forward:
 def _adapt(step: Callable[..., Any]) -> Call | None:
     """Find out how *step* wants to be called."""
     if not callable(step):
-        raise TypeError(f"forward: step must be a function step(model, batch), got {step!r}.")
+        raise TypeError(
+            f"forward: step must be a function step(model, batch), got {step!r}. "
+            "The order is train(model, source, step)."
+        )
     try:
         parameters = list(inspect.signature(step).parameters.values())
     except ValueError:  # a function in C tells nothing

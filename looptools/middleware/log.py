@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
+from torch import Tensor
 
 from ..intervals import Interval, interval
+from ..links import raise_all
 from ..means import FOLD_AT, Means
-from ..sinks import Bar, JsonLines, Lines, Sink, TensorBoard
+from ..pipeline import name_of, numbered
+from ..sinks import CSV, Bar, JsonLines, Lines, Row, Sink, TensorBoard
+from ..sinks.pictures import flattened, picture, rendered
+from ..sinks.redact import plain
 from ..state import State
 
 if TYPE_CHECKING:
     from ..run import Run
+
+WHO_SHOWS = "TensorBoard does, in lt.log(folder), and to=[lt.sinks.WandB(...)]"  # all that can be shown
+
+
+def _own_sinks(to: Any) -> tuple[Sink, ...]:
+    """Sinks of this part's own; what cannot be one is refused."""
+    if not isinstance(to, list | tuple):
+        raise TypeError(f"log: to must be a list of sinks, got {to!r:.80}. Write to=[{name_of(to)}(...)].")
+    for sink in to:
+        if isinstance(sink, type):
+            raise TypeError(f"log: {sink.__name__} in to= is a class. Make a sink of it: {sink.__name__}(...).")
+        if not callable(getattr(sink, "write", None)) or not callable(getattr(sink, "close", None)):
+            raise TypeError(
+                f"log: {sink!r:.80} in to= is no sink: it needs the methods write(row, state) and close(). "
+                "lt.sinks has some: CSV(path), WandB(project), MLflow(experiment)."
+            )
+    return tuple(sink.fresh() if hasattr(sink, "fresh") else sink for sink in to)
+
+
+def _hparams(values: Any) -> dict[str, Any] | None:
+    if values is not None and not isinstance(values, Mapping):
+        kind = type(values).__name__  # what is in it may be secret
+        raise TypeError(f"log: hparams must be a mapping of names to values, such as vars(args), got a {kind}.")
+    return None if values is None else plain(values)
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
@@ -22,12 +51,16 @@ class log:
     """Log the training every so often, and each phase at the end of its pass. Piped onto the run.
 
     A training row holds the means since the one before, weighted by ``num_samples``: the step's scalars and
-    ``grad_norm``, and the learning rate now. A row at the end of a pass holds ``run.results`` of that phase.
-    The device is read once a row.
+    ``grad_norm``; further the learning rate now, and the newest of ``state.gauges``. A row at the end of a pass holds
+    ``run.results`` of that phase. The device is read once a row. Names with a ``/`` in them are left out of lines
+    and bar.
 
     *folder* gets ``log.jsonl``, one JSON object a line with the state's own counters (from 0), and
-    ``tensorboard/``. A resumed run continues ``log.jsonl`` where its checkpoint stood; a fresh one in a used
-    folder renames the old file to ``log.1.jsonl``.
+    ``tensorboard/``. A resumed run continues them where its checkpoint stood; a fresh one in a used
+    folder renames the old ones to ``log.1.jsonl`` and so on. Neither environment nor command line is written.
+
+    If a sink raises, the others have the row already; ``next(run)`` gives it to that sink once more.
+    ``run["log"]`` has `image`, `histogram`, `text` and `figure`, to be called at any time.
 
     Args:
         folder: Where files go, made if missing; None writes none.
@@ -35,47 +68,69 @@ class log:
         line: Called with each readable line; None for silence.
         bar: Show a tqdm bar, and lines for whole passes only (extra: ``demo``).
         tensorboard: Write TensorBoard's event files into *folder*.
+        csv: Write all rows as a table into ``log.csv``.
+        to: Further sinks, such as ``lt.sinks.WandB("project")`` or your own: see `lt.sinks.Sink`.
+        hparams: Hyperparameters to note beside the curves. What looks like a secret (password, token, api_key ...)
+            is redacted at once.
+
+    Raises:
+        TypeError: If a sink lacks write or close, or *hparams* is no mapping.
 
     Example:
-        >>> batches = [torch.ones(4, 1)] * 4
-        >>> phase = lt.train(torch.nn.Linear(1, 1), batches, lambda model, batch: 0 * model(batch).mean())
+        >>> model = torch.nn.Linear(1, 1)
+        >>> phase = lt.train(model, [torch.ones(4, 1)] * 4, lambda model, batch: 0 * model(batch).mean())
+        >>> phase = phase | lt.optimize(torch.optim.SGD(model.parameters(), lr=0.1))
         >>> without_time = lambda line: print(line.rpartition('  ')[0])
         >>> run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(every=2, line=without_time)
         >>> results = run.to_end()
-        train  epoch 1/1  iteration 2/4  loss 0
-        train  epoch 1/1  iteration 4/4  loss 0
+        train  epoch 1/1  iteration 2/4  loss 0  lr 0.1
+        train  epoch 1/1  iteration 4/4  loss 0  lr 0.1
         train  epoch 1/1  loss 0
     """
 
-    folder: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
+    folder: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path), repr=str)
     every: int | Interval = attrs.field(default=50, kw_only=True, converter=interval)
     line: Callable[[str], Any] | None = attrs.field(default=print, kw_only=True, repr=False)
     bar: bool = attrs.field(default=False, kw_only=True)
     tensorboard: bool = attrs.field(default=True, kw_only=True)
+    csv: bool = attrs.field(default=False, kw_only=True)
+    to: tuple[Sink, ...] = attrs.field(default=(), kw_only=True, converter=_own_sinks)
+    hparams: dict[str, Any] | None = attrs.field(
+        default=None, kw_only=True, converter=_hparams, repr=lambda v: f"<{len(v)} values>" if v else repr(v)
+    )
     since: Means = attrs.field(factory=Means, init=False, repr=False)
-    size: int | None = attrs.field(default=None, init=False, repr=False)  # bytes of log.jsonl
+    gauges: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)  # the newest since the last row
+    marks: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)  # how far each sink has written
     _bar: Bar | None = attrs.field(default=None, init=False, repr=False)
-    _json: JsonLines | None = attrs.field(default=None, init=False, repr=False)
-    _sinks: list[Sink] = attrs.field(factory=list, init=False, repr=False)
+    _sinks: dict[str, Sink] = attrs.field(factory=dict, init=False, repr=False)
+    _run: Run | None = attrs.field(default=None, init=False, repr=False)
     _began: float = attrs.field(default=0.0, init=False, repr=False)
+    _taken: State | None = attrs.field(default=None, init=False, repr=False)  # the last one that was taken in
+    _rows: list[tuple[Row, State, list[str]]] = attrs.field(factory=list, init=False, repr=False)  # and who lacks it
+    _held: dict[str, Any] | None = attrs.field(default=None, init=False, repr=False)  # the marks that sinks stand at
+    _unready: list[str] = attrs.field(factory=list, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        if self.csv and self.folder is None:
+            raise ValueError('log: csv=True needs a folder: lt.log(folder, csv=True), or to=[lt.sinks.CSV("log.csv")].')
         if self.bar:
-            self._bar = Bar()
-            self._sinks.append(self._bar)
+            self._bar = self._sinks["bar"] = Bar()
         elif self.line is not None:
-            self._sinks.append(Lines(self.line))
+            self._sinks["lines"] = Lines(self.line)
         if self.folder is not None:
-            self._json = JsonLines(self.folder / "log.jsonl")
-            self._sinks.append(self._json)
+            self._sinks["log.jsonl"] = JsonLines(self.folder / "log.jsonl")
+            if self.csv:
+                self._sinks["log.csv"] = CSV(self.folder / "log.csv")
             if self.tensorboard:
-                self._sinks.append(TensorBoard(self.folder / "tensorboard"))
+                self._sinks["tensorboard"] = TensorBoard(self.folder / "tensorboard")
+        self._sinks |= zip(numbered(name_of(sink) for sink in self.to), self.to, strict=True)
 
     def on_build(self, run: Run) -> None:
         """See that the folder can be written to, before the first iteration."""
         run.require_run_scope(self)
         if self.folder is not None:
             run.require_folder(self.folder, "log")
+        self._run = run
 
     def on_pass(self, run: Run) -> None:
         """Note when the pass began, and begin a new bar."""
@@ -83,48 +138,187 @@ class log:
         if self._bar is not None:
             self._bar.close()
 
+    def on_results(self, state: State) -> None:
+        """Write a row for a pass that is over, though its last state does not come through here."""
+        if not state.replayed:
+            self._add_pass(state)
+            self._flush()
+
+    def carry_over(self, old: log) -> None:
+        """Go on where *old* stood, which this one replaces."""
+        self.since.load_state_dict(old.since.state_dict())
+        self.gauges, self.marks = old.gauges, old.marks
+        self._began, self._taken = old._began, old._taken
+        left = [(row, state, [name for name in names if name in self._sinks]) for row, state, names in old._rows]
+        self._rows = [entry for entry in left if entry[2]]
+
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         due: Any = self.every
         since = self.since
         for state in states:
             if not state.replayed:
-                if state.trains and not state.dropped:
-                    norm = state.grad_norm
-                    values = state.metrics.copy() if norm is None else {**state.metrics, "grad_norm": norm}
-                    since.entries.append((values, state.num_samples))
-                    if len(since.entries) >= FOLD_AT:
-                        since.fold()
-                if self._bar is not None:
-                    self._bar.advance(state)
-                if due(state):
-                    self._write("iterations", state, since.read({} if state.lr is None else {"lr": state.lr}))
-                    since.clear()
-                if state.last and state.run is not None:
-                    prefix = f"{state.phase}/"
-                    results = state.run.results.items()
-                    self._write("pass", state, {k.removeprefix(prefix): v for k, v in results if k.startswith(prefix)})
+                if state is not self._taken:  # otherwise a sink failed, and the state comes once more
+                    is_due, last = due(state), state.last  # these may fail: so before anything is counted
+                    if state.trains and not state.dropped:
+                        norm = state.grad_norm
+                        values = state.metrics.copy() if norm is None else {**state.metrics, "grad_norm": norm}
+                        since.entries.append((values, state.num_samples))
+                        if len(since.entries) >= FOLD_AT:
+                            since.fold()
+                        if state.gauges:
+                            self.gauges = {**self.gauges, **_numbers(state.gauges)}
+                    self._taken = state
+                    if self._rows:  # what the user skipped
+                        self._rows = [entry for entry in self._rows if not entry[1].dropped]
+                    if is_due:
+                        self._add_means(state)
+                    if last and state.run is not None:
+                        self._add_pass(state)
+                    if self._bar is not None:
+                        self._bar.advance(state)
+                if self._rows:
+                    self._flush()
             yield state
-
-    def _write(self, kind: str, state: State, values: dict[str, float]) -> None:
-        now = 0.0 if state.run is None else state.run.seconds
-        facts: dict[str, Any] = {"kind": kind, "phase": state.phase, "epoch": state.epoch, "iteration": state.iteration}
-        facts |= {"index": state.index, "seconds": round(now - self._began, 3)}
-        row = {**facts, **values, **facts}  # facts come first, and win over a metric of the same name
-        if self._json is not None:
-            self._continue(self._json)
-        for sink in self._sinks:
-            sink.write(row, state)
-        if self._json is not None:
-            self.size = self._json.size()
-
-    def _continue(self, file: JsonLines) -> None:
-        """Before the first row of this process: take up the file of a resumed run, or set another run's aside."""
-        if self.size is None:
-            file.set_aside()
-        elif file.size() > self.size:
-            file.cut(self.size)
 
     def close(self) -> None:
         """Flush and close files; they open again with the next row."""
-        for sink in self._sinks:
-            sink.close()
+        errors: list[BaseException] = []
+        for sink in self._sinks.values():
+            try:
+                sink.close()
+            except BaseException as error:
+                errors.append(error)
+        raise_all(errors)
+
+    # On demand, at any time: run["log"].image(...)
+
+    def image(self, tag: str, image: Any) -> None:
+        """Show an image, or a batch of them as a grid, at the run's current iteration.
+
+        Args:
+            tag: Its name.
+            image: A tensor, NumPy array or PIL image of shape ``(height, width)``, ``(channels, height, width)``,
+                ``(height, width, channels)`` or ``(n, channels, height, width)``; whole numbers from 0 to 255, others
+                from 0 to 1.
+
+        Raises:
+            RuntimeError: If no sink takes images, or the log belongs to no run.
+        """
+        self._show("image", tag, lambda kind: picture(image))
+
+    def histogram(self, tag: str, values: Any) -> None:
+        """Show how *values*, a tensor or array of any shape, are distributed; those that are not finite are left out.
+
+        Raises:
+            RuntimeError: If no sink takes histograms, or the log belongs to no run.
+        """
+        self._show("histogram", tag, lambda kind: flattened(values))
+
+    def text(self, tag: str, text: str) -> None:
+        """Write a text (Markdown, in TensorBoard).
+
+        Raises:
+            RuntimeError: If no sink takes texts, or the log belongs to no run.
+        """
+        self._show("text", tag, lambda kind: str(text))
+
+    def figure(self, tag: str, figure: Any) -> None:
+        """Show a matplotlib figure, which stays open.
+
+        Raises:
+            RuntimeError: If no sink takes figures or images, or the log belongs to no run.
+        """
+        self._show("figure", tag, lambda kind: rendered(figure) if kind == "image" else figure)
+
+    def _show(self, kind: str, tag: str, make: Callable[[str], Any]) -> None:
+        run = self._run
+        if run is None:
+            raise RuntimeError(
+                f'log.{kind}: this log belongs to no run; what is piped is options. Use run["log"].{kind}.'
+            )
+        kinds = (kind, "image") if kind == "figure" else (kind,)
+        takers = {name: next((k for k in kinds if hasattr(s, k)), "") for name, s in self._sinks.items()}
+        names = [name for name in takers if takers[name]]
+        if not names:
+            raise RuntimeError(f"log.{kind}: no sink of this log takes it. {WHO_SHOWS}.")
+        state = run.state
+        if state is None:  # before the first iteration
+            state = State(phase="run", epoch=run.progress.epoch, iteration=run.progress.iteration - 1)
+        if state.replayed:
+            return
+        self._get_ready()
+        values = {k: make(k) for k in set(takers.values()) if k}
+        self._each(names, lambda name: getattr(self._sinks[name], takers[name])(tag, values[takers[name]], state))
+        if run.ended:
+            self.close()  # nobody else would
+
+    # Writing
+
+    def _add_means(self, state: State) -> None:
+        """A row for the iterations since the one before."""
+        also = self.gauges if state.lr is None else {"lr": state.lr, **self.gauges}
+        values = self.since.read(also)
+        self.since.clear()
+        self.gauges = {}
+        now = 0.0 if state.run is None else state.run.seconds
+        self._add("iterations", state, values, now - self._began)
+
+    def _add_pass(self, state: State) -> None:
+        """A row for a whole pass."""
+        run, prefix = state.run, f"{state.phase}/"
+        if run is None:
+            return
+        values = {k.removeprefix(prefix): v for k, v in run.results.items() if k.startswith(prefix)}
+        newest = run.history[-1] if run.history else {}
+        seconds = newest["seconds"] if newest.get("phase") == state.phase else run.seconds - self._began
+        self._add("pass", state, values, seconds)
+
+    def _add(self, kind: str, state: State, values: Mapping[str, float], seconds: float) -> None:
+        facts: dict[str, Any] = {"kind": kind, "phase": state.phase, "epoch": state.epoch, "iteration": state.iteration}
+        facts |= {"index": state.index, "seconds": round(seconds, 3)}
+        row = {**facts, **values, **facts}  # facts come first, and win over a metric of the same name
+        self._rows.append((row, state, list(self._sinks)))
+
+    def _flush(self) -> None:
+        """Write the rows that have come up, to each sink once."""
+        self._get_ready()
+        while self._rows:
+            row, state, names = self._rows[0]
+            self._each(names, lambda name, row=row, state=state: self._sinks[name].write({**row}, state))  # type: ignore[misc]
+            del self._rows[0]
+
+    def _get_ready(self) -> None:
+        """Before the first row of this process, or after a resumption: have each sink take up where it stood."""
+        if self._held is not self.marks:
+            self._held = self.marks
+            self._unready = list(self._sinks)
+        if self._unready:
+            self._each(self._unready, self._take_up)
+
+    def _take_up(self, name: str) -> None:
+        sink: Any = self._sinks[name]
+        if hasattr(sink, "rewind"):
+            sink.rewind(self.marks.get(name))
+        if self.hparams and hasattr(sink, "hparams"):
+            sink.hparams(self.hparams)
+
+    def _each(self, names: list[str], action: Callable[[str], Any]) -> None:
+        """Do *action* with each of *names*, and take those off the list that did not fail."""
+        errors: list[BaseException] = []
+        for name in names.copy():
+            sink: Any = self._sinks[name]
+            try:
+                action(name)
+            except Exception as error:
+                error.add_note(f"log: while {name} was written to.")
+                errors.append(error)
+            else:
+                names.remove(name)
+                if hasattr(sink, "mark"):  # a new dictionary: a snapshot may hold the old one
+                    self.marks = self._held = {**self.marks, name: sink.mark()}
+        raise_all(errors)
+
+
+def _numbers(gauges: Mapping[str, Any]) -> dict[str, Any]:
+    """Gauges as what a checkpoint can hold: tensors stay where they are."""
+    return {key: value.detach() if isinstance(value, Tensor) else float(value) for key, value in gauges.items()}

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import attrs
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from ..checks import is_optimizer
+from ..checks import require_optimizer
+from ..scaling import settle, step
 from ..state import State
 
-
-def _steps_alone(part: update, field: object, optimizer: Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("update: LBFGS evaluates the loss several times a step (a closure), which update does not do.")
-
-
 MOVED = "update has moved the weights"
+
+
+def count_update(state: State, optimizer: Optimizer) -> None:
+    """Count a move of *optimizer* in the run's progress."""
+    if state.run is not None:
+        counts = state.run.progress.updates
+        counts[optimizer] = counts.get(optimizer, 0) + 1
+
+
+def _steps_alone(part: update, field: object, optimizer: Any) -> None:
+    if isinstance(optimizer, list | tuple):
+        raise TypeError(
+            "update: it moves one optimizer. Pipe one on for each, lt.update(first) | lt.update(second), or write "
+            "lt.optimize([first, second])."
+        )
+    require_optimizer("update: optimizer", optimizer)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "update: LBFGS evaluates the loss several times a step (a closure), which update does not do. "
+            "Write lt.optimize(lbfgs), or lt.update_by_closure(lbfgs) in place of backward and update."
+        )
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
@@ -26,12 +43,20 @@ class update:
     """Step the optimizer on iterations that update, and count it in ``run.progress.updates``.
 
     Sets ``state.lr`` to the learning rate in force, unless a schedule did. A GradScaler skips the step where
-    gradients are not finite; then nothing is counted and ``state.updates`` is set to False. (A fused optimizer
-    decides that on the device, unseen; its skipped steps are counted. The scaler itself reads the device once.)
+    gradients are not finite; then nothing is counted and ``state.updates`` is set to False, so that whatever counts
+    updates stands still too. (A fused optimizer decides that on the device, unseen; its skipped steps are counted.
+    The scaler itself reads the device once.)
+
+    Where one ``backward`` fills the gradients of several optimizers, each has an update of its own. With a scaler one
+    may move while another's step is skipped, as in torch's own recipe: each move is counted for itself, the scale
+    changes behind the last of them, and ``state.updates`` is then whether any has moved (until then it stays True).
 
     Args:
         optimizer: The optimizer.
         scaler: The same ``torch.amp.GradScaler`` that ``backward`` has.
+
+    Raises:
+        TypeError: If the optimizer cannot step without a closure.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor(3.0))
@@ -41,9 +66,7 @@ class update:
         (2.0, 0.5)
     """
 
-    optimizer: Optimizer = attrs.field(
-        validator=[is_optimizer, _steps_alone], repr=lambda optimizer: type(optimizer).__name__
-    )
+    optimizer: Optimizer = attrs.field(validator=_steps_alone, repr=lambda optimizer: type(optimizer).__name__)
     scaler: GradScaler | None = attrs.field(
         default=None, kw_only=True, repr=lambda s: "None" if s is None else "GradScaler"
     )
@@ -56,23 +79,14 @@ class update:
                 state.committed = MOVED
                 if self.scaler is None:
                     self.optimizer.step()
+                    count_update(state, self.optimizer)
                 else:
-                    state.updates = self._scaled_step(self.scaler)
-                if state.updates and state.run is not None:
-                    counts = state.run.progress.updates
-                    counts[self.optimizer] = counts.get(self.optimizer, 0) + 1
+                    moved = step(self.scaler, self.optimizer)
+                    if moved:
+                        count_update(state, self.optimizer)
+                    state.updates = settle(self.scaler, self.optimizer, moved)
             yield state
 
     def leaves(self, state: State) -> str:
         """What a failure in the middle of this part can leave behind."""
         return "some of the weights may have moved already, and would move again"
-
-    def _scaled_step(self, scaler: GradScaler) -> bool:
-        stepped: list[bool] = []
-        handle = self.optimizer.register_step_post_hook(lambda *_: stepped.append(True))
-        try:
-            scaler.step(self.optimizer)
-        finally:
-            handle.remove()
-        scaler.update()
-        return bool(stepped)

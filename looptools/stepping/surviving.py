@@ -25,6 +25,7 @@ def redo(cursor: Cursor) -> None:
     state.outputs = state.loss = state.grad_norm = state.lr = None
     state.updates = False
     state.metrics.clear()
+    state.gauges.clear()
 
 
 def drop(cursor: Cursor) -> None:
@@ -59,9 +60,9 @@ def drop(cursor: Cursor) -> None:
 
 
 def _drop(cursor: Cursor, state: State) -> None:
+    cursor.at += cursor.failed is not None  # past the part that failed; those behind it learn of a pass's end
     cursor.failed = None
     state.dropped = True
     if state.last:
-        cursor.at = max(cursor.at + 1, cursor.closing_part())
         cursor.advance()
     cursor.finish()

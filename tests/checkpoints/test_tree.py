@@ -69,3 +69,53 @@ def test_a_parameter_that_no_model_holds_is_refused_at_build():
         ValueError, match=r"moves 1 parameters that no model of the run holds, the first of shape \(2,\)"
     ):
         next(lt.workflow([(phase, 1)], max_epochs=1))
+
+
+def named(*entries):
+    """The names under which a checkpoint would hold the models of this workflow."""
+    from looptools.checkpoints import inventory
+
+    return inventory(lt.workflow(entries, max_rounds=1).cursor).modules
+
+
+@attrs.define(eq=False)
+class holds:
+    """A part with modules among its options."""
+
+    teacher: object = None
+    critics: object = ()
+
+    def __call__(self, states):
+        yield from states
+
+
+def test_models_are_called_model_those_of_training_phases_first():
+    """Each once, however many phases share it."""
+    trained, judged = nn.Linear(1, 1), nn.Linear(1, 1)
+    step = lambda model, batch: {"x": 1.0}  # noqa: E731
+    val, train = lt.validate(judged, [1.0], step), lt.train(trained, [1.0], step)
+
+    found = named((val, 1), (train, 1), (lt.validate(trained, [1.0], step), 1))
+
+    assert list(found) == ["model", "model#2"]
+    assert (found["model"], found["model#2"]) == (trained, judged)
+
+
+def test_modules_among_a_parts_options_are_called_by_the_option():
+    """Also where a phase validates one of them: it is not another model of the run's own."""
+    trained, teacher, critics = nn.Linear(1, 1), nn.Linear(1, 1), [nn.Linear(1, 1), nn.Linear(1, 1)]
+    step = lambda model, batch: {"x": 1.0}  # noqa: E731
+    train = lt.train(trained, [1.0], step) | holds(teacher, critics) | lt.chain(holds(nn.Linear(1, 1)), name="D")
+
+    found = named((train, 1), (lt.validate(teacher, [1.0], step), 1))
+
+    assert list(found) == ["model", "teacher", "critics", "critics#2", "D.teacher"]
+    assert found["teacher"] is teacher
+
+
+def test_the_metrics_of_measure_are_no_models():
+    """What they have taken in is the part's memory."""
+    metrics = {"m": nn.Identity(), "n": nn.Linear(1, 1)}
+    val = lt.validate(nn.Linear(1, 1), [1.0], lambda model, batch: {"x": 1.0})
+
+    assert list(named((val | lt.measure(metrics, lambda state: state.batch), 1))) == ["model"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import looptools as lt
 
 
@@ -12,6 +14,7 @@ def phase_of(model, batches, *parts):
     return phase
 
 
+@pytest.mark.filterwarnings("ignore:train. nobody calls backward, so nothing is trained:UserWarning")
 def test_average_over_a_window_takes_the_place_of_the_one_over_the_pass(model, batches):
     """`average(window=n)`: results are the means of the last n iterations."""
     run = lt.workflow([(phase_of(model, batches, lt.average(window=2)), 1)], max_epochs=1)

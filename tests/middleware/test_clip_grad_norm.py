@@ -35,3 +35,11 @@ def test_norm_types(model, sgd, batches):
     for norm_type, norm in [(2.0, 5.0), (1.0, 7.0), (math.inf, 4.0)]:
         part = lt.optimize(optimizer, max_norm=100.0, norm_type=norm_type)
         assert next(iter(lt.train(pair, [1], step) | part)).grad_norm.item() == pytest.approx(norm)
+
+
+def test_infinity_measures_without_clipping(model, sgd, batches):
+    """`max_norm=inf` leaves the gradients alone."""
+    run = iter(phase_of(model, batches, lt.optimize(sgd, max_norm=math.inf)))
+
+    assert [state.grad_norm.item() for state in run] == [1.0, 2.0, 3.0]
+    assert model.w.item() == 3 - 1 - 2 - 3

@@ -126,15 +126,60 @@ def test_a_training_step_without_a_loss_is_refused_by_backward(model, sgd, batch
 
 
 def test_metrics_are_the_scalars_without_graph(model, batches):
-    """Numbers and tensors of one element; what else the step returns stays in outputs."""
-    step = lambda model, batch: {"loss": model(batch), "one": torch.ones(1), "n": 3, "many": torch.ones(3), "name": "a"}  # noqa: E731
+    """Numbers and tensors of shape (), and a loss of shape (1,); one-sample logits and the like stay in outputs."""
+    step = lambda model, batch: {"loss": model(batch).reshape(1), "x": torch.ones(()), "n": 3, "one": torch.ones(1)}  # noqa: E731
 
     state = one(lt.train(model, batches, step))
 
-    assert set(state.metrics) == {"loss", "one", "n"}
-    assert (state.metrics["one"].shape, state.metrics["loss"].requires_grad, state.loss.requires_grad) == (
+    assert set(state.metrics) == {"loss", "x", "n"}
+    assert (state.metrics["loss"].shape, state.metrics["loss"].requires_grad, state.loss.requires_grad) == (
         (),
         False,
         True,
     )
-    assert set(state.outputs) == {"loss", "one", "n", "many", "name"}
+    assert set(state.outputs) == {"loss", "x", "n", "one"}
+
+
+# The loss of the same batch once more
+
+
+def test_recompute_draws_anew_and_changes_nothing_on_the_state():
+    """Dropout draws fresh numbers, the weights are those of now, and the state stays as forward left it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5))
+    state = one(lt.train(net, [torch.ones(2, 4)], lambda model, batch: {"loss": model(batch).sum(), "extra": 1.0}))
+    before = state.loss, state.outputs, dict(state.metrics), state.num_samples
+
+    loss = state.forwarded.recompute(state)
+
+    assert loss.requires_grad
+    assert not torch.equal(loss, state.loss)
+    assert (state.loss, state.outputs, state.metrics, state.num_samples) == before
+
+
+@pytest.mark.parametrize("kind", ["train", "validate"])
+def test_recompute_is_in_the_phases_modes(kind):
+    """Train or eval, gradients or none, the same autocast; also where the caller has switched gradients off."""
+    seen = []
+
+    def step(model, batch):
+        seen.append((model.training, torch.is_grad_enabled(), model(batch).dtype))
+        return model(batch).float().mean()
+
+    net = nn.Linear(2, 2)
+    state = one(getattr(lt, kind)(net, [torch.ones(1, 2)], step, autocast="bfloat16"))
+    net.train(kind != "train")
+    with torch.no_grad():
+        state.forwarded.recompute(state)
+
+    assert seen == [(kind == "train", kind == "train", torch.bfloat16)] * 2
+    assert torch.is_grad_enabled()
+
+
+def test_recompute_needs_a_loss(model, batches):
+    """A step that gave one before and gives none now is named."""
+    results = iter([model(batches[0]), {"x": 1}])
+    state = one(lt.train(model, batches, lambda model, batch: next(results)))
+
+    with pytest.raises(TypeError, match="forward: the loss of iteration 0 of train was to be computed again, but"):
+        state.forwarded.recompute(state)

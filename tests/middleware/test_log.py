@@ -1,17 +1,50 @@
-"""Lines, JSON lines, TensorBoard and the bar."""
+"""What is written when, and to whom. What each sink makes of it is in tests/sinks."""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import json
 
 import pytest
-from loops import Case, classify, device_reads, loader, piped
+import torch
+from loops import Case, assert_same, classify, device_reads, loader, piped
 
 import looptools as lt
 
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+class Collect:
+    """A sink of one's own."""
+
+    def __init__(self, fails_at=()):
+        self.rows, self.shown, self.closed, self.fails_at, self.calls = [], [], 0, fails_at, 0
+
+    def write(self, row, state):
+        self.calls += 1
+        if self.calls in self.fails_at:
+            raise OSError("the service is away")
+        self.rows.append((row["kind"], row["phase"], row["iteration"]))
+
+    def close(self):
+        self.closed += 1
+
+
+class Shows(Collect):
+    """One that shows things as well."""
+
+    def image(self, tag, image, state):
+        self.shown.append((tag, image.shape, state.phase, state.iteration))
+
+    def text(self, tag, text, state):
+        self.shown.append((tag, text, state.phase, state.iteration))
+
+
+def keys(folder):
+    return [(row["kind"], row["phase"], row["iteration"]) for row in rows(folder)]
 
 
 def test_rows_hold_the_means_since_the_one_before(tmp_path, model, sgd, batches):
@@ -87,23 +120,6 @@ def test_a_fresh_run_sets_another_runs_file_aside(tmp_path):
     assert len(rows(tmp_path)) == 4
 
 
-def test_tensorboard_overlays_train_and_val(tmp_path):
-    """A folder a phase, the same tags in both; a resumed run's values stand once."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = piped(Case()) | lt.log(tmp_path, every=7, line=None)
-    run.to_end()
-
-    def scalars(phase, tag):
-        events = EventAccumulator(str(tmp_path / "tensorboard" / phase))
-        events.Reload()
-        return [(event.step, event.value) for event in events.Scalars(tag)]
-
-    assert [step for step, _ in scalars("train", "loss")] == [7, 14]
-    assert [step for step, _ in scalars("val", "pass/loss")] == [7, 14]
-    assert scalars("val", "pass/loss")[-1][1] == pytest.approx(run.results["val/loss"])
-
-
 def test_the_bar_is_moved_by_hand(capsys):
     """One bar a pass, a line above it at its end; nothing iterates over tqdm."""
     run = piped(Case()) | lt.log(every=2, bar=True)
@@ -121,3 +137,276 @@ def test_the_bar_names_the_extra_it_needs(monkeypatch):
 
     with pytest.raises(ModuleNotFoundError, match=r'pip install "torch-looptools\[demo\]"'):
         lt.log(bar=True)
+
+
+def test_logging_changes_no_bit(tmp_path):
+    """Weights and buffers are those of the run without it."""
+    plain = piped(Case())
+    plain.to_end()
+    logged = piped(Case()) | lt.log(tmp_path, every=1, line=None, csv=True)
+    logged.to_end()
+
+    assert_same(plain.model.state_dict(), logged.model.state_dict())
+
+
+def test_a_sink_of_your_own(model, sgd, batches):
+    """Any object with write and close; it is closed when the run ends."""
+    sink = Collect()
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(every=2, line=None, to=[sink])
+
+    assert next(run).iteration == 0
+    assert sink.rows == []
+    run.to_end()
+
+    assert sink.rows == [("iterations", "train", 1), ("pass", "train", 2)]
+    assert sink.closed == 1
+
+
+def test_stopping_early_closes_every_sink():
+    """Though one of them fails at it."""
+
+    class Broken(Collect):
+        def close(self):
+            raise OSError("cannot close")
+
+    sink = Collect()
+    run = piped(Case()) | lt.log(every=1, line=None, to=[Broken(), sink])
+    next(run)
+
+    with pytest.raises(OSError, match="cannot close"):
+        run.close()
+    assert sink.closed == 1
+
+
+def test_a_sink_that_fails_costs_nothing(tmp_path):
+    """Its exception surfaces; the others have the row once, it gets the row again, and the training is the same."""
+    sink = Collect(fails_at=(2, 3))
+    run = piped(Case()) | lt.log(tmp_path, every=2, line=None, tensorboard=False, csv=True, to=[sink])
+    states = []
+    for _ in range(2):
+        with pytest.raises(OSError, match="away") as raised:
+            states.extend(state.iteration for state in run if state.trains)
+        assert "log: while Collect was written to." in raised.value.__notes__
+        assert run.failed.part == "run/log"
+    states.extend(state.iteration for state in run if state.trains)
+
+    assert states == list(range(14))
+    assert keys(tmp_path) == sink.rows
+    assert len(sink.rows) == len(set(sink.rows)) == 7 + 4
+    whole = piped(Case()) | lt.log(tmp_path / "whole", every=2, line=None, tensorboard=False)
+    whole.to_end()
+    for left, right in zip(rows(tmp_path), rows(tmp_path / "whole"), strict=True):
+        assert {**left, "seconds": 0} == {**right, "seconds": 0}
+    assert_same(run.model.state_dict(), whole.model.state_dict())
+
+
+def test_a_sink_that_goes_on_failing_can_be_taken_out(tmp_path):
+    """The new log goes on where the old one stood, and writes nothing twice."""
+    sink = Collect(fails_at=range(2, 99))
+    run = piped(Case(epochs=1)) | lt.log(tmp_path, every=2, line=None, to=[sink])
+    with pytest.raises(OSError, match="away"):
+        run.to_end()
+    with pytest.raises(OSError, match="away"):
+        next(run)
+
+    run.replace("log", lt.log(tmp_path, every=2, line=None))
+    run.to_end()
+
+    assert keys(tmp_path) == [("iterations", "train", n) for n in (1, 3, 5)] + [
+        ("pass", p, 6) for p in ("train", "val")
+    ]
+
+
+def test_a_skipped_iteration_takes_its_row_along(tmp_path):
+    """run.skip() is the other way out."""
+    sink = Collect(fails_at=(1,))
+    run = piped(Case(epochs=1)) | lt.log(tmp_path, every=2, line=None, to=[sink])
+    with pytest.raises(OSError, match="away"):
+        run.to_end()
+
+    run.skip()
+    run.to_end()
+
+    assert sink.rows == keys(tmp_path)[1:]
+
+
+def test_gauges_stand_for_themselves(tmp_path, model, batches):
+    """A training row has the newest since the row before, a pass those of its last state."""
+
+    def gauge(states):
+        for state in states:
+            state.gauges["rate"] = torch.tensor(10.0 * state.iteration)
+            if state.iteration == 0:
+                state.gauges["once"] = 7
+            yield state
+
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd) | gauge
+    run = lt.workflow([(phase, 1)], max_epochs=2) | lt.log(tmp_path, every=2, line=None)
+    run.to_end()
+
+    got = rows(tmp_path)
+    assert [(row["kind"][0], row["rate"], row.get("once")) for row in got] == [
+        ("i", 10.0, 7.0),
+        ("p", 20.0, None),
+        ("i", 30.0, None),
+        ("i", 50.0, None),
+        ("p", 50.0, None),
+    ]
+    assert list(got[0])[-3:] == ["lr", "rate", "once"]
+
+
+def test_gauges_between_two_rows_are_resumed(tmp_path):
+    """What was measured before the checkpoint stands in the row behind it."""
+
+    def gauge(states):
+        for state in states:
+            if state.iteration in (0, 6):
+                state.gauges["peak"] = torch.tensor(float(state.iteration))
+            yield state
+
+    def make(folder):
+        return (piped(Case()) | gauge) | lt.log(tmp_path / "log", every=5, line=None) | lt.checkpoint(folder)
+
+    first = make(tmp_path / "a")
+    list(first.take(14))
+    first.close()
+    second = make(tmp_path / "a")
+    second.resume()
+    second.to_end()
+
+    peaks = {row["iteration"]: row.get("peak") for row in rows(tmp_path / "log") if row["kind"] == "iterations"}
+    assert peaks == {4: 0.0, 9: 6.0}
+
+
+def test_csv_has_the_same_rows(tmp_path):
+    """One table for all phases."""
+    run = piped(Case()) | lt.log(tmp_path, every=5, line=None, tensorboard=False, csv=True)
+    run.to_end()
+
+    table = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [(row["kind"], row["phase"], int(row["iteration"])) for row in table] == keys(tmp_path)
+    assert [float(row["loss"]) for row in table] == [row["loss"] for row in rows(tmp_path)]
+
+
+def test_a_resumed_run_continues_the_table(tmp_path):
+    """As it does log.jsonl."""
+
+    def make():
+        return piped(Case(epochs=3)) | lt.log(tmp_path, every=2, line=None, csv=True) | lt.checkpoint(tmp_path)
+
+    first = make()
+    list(first.take(14 + 6))
+    first.close()
+    run = make()
+    run.resume()
+    run.to_end()
+
+    table = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [(row["kind"], row["phase"], int(row["iteration"])) for row in table] == keys(tmp_path)
+    assert len(table) == 10 + 6
+
+
+def test_hparams_are_a_row_without_secrets(tmp_path):
+    """In front of all others; they are plain values from the moment they are given."""
+    logged = lt.log(tmp_path, line=None, hparams={"lr": 0.1, "hub": {"token": "hunter2"}, "model": torch.nn.Linear})
+    run = piped(Case(epochs=1)) | logged
+    run.to_end()
+
+    expected = {"lr": 0.1, "hub": {"token": "<redacted>"}, "model": "torch.nn.modules.linear.Linear"}
+    assert rows(tmp_path)[0] == {"kind": "hparams", "hparams": expected}
+    assert "hunter2" not in repr(logged)
+
+
+def test_shown_on_demand(model, batches):
+    """At once, at the iteration where the run stands, to whom can show it; from a part or from the loop's body."""
+
+    def note(states):
+        for state in states:
+            if state.iteration == 1:
+                state.run["log"].text("part", "x")
+            yield state
+
+    shows, collects = Shows(), Collect()
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd) | note
+    run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(line=None, to=[collects, shows])
+    run["log"].text("before", 1)
+    next(run)
+    run["log"].image("body", torch.rand(1, 2, 2))
+    next(run)
+
+    assert shows.shown == [
+        ("before", "1", "run", -1),
+        ("body", (2, 2, 3), "train", 0),
+        ("part", "x", "train", 1),
+    ]
+    assert collects.rows == []
+
+
+def test_nothing_is_shown_twice(tmp_path):
+    """An iteration that is computed again only to get back somewhere writes nothing."""
+    shows = Shows()
+    run = piped(Case()) | lt.log(line=None, to=[shows])
+    state = next(run)
+    state.replayed = True
+    run["log"].text("note", "x")
+
+    assert shows.shown == []
+
+
+def test_showing_without_a_sink_for_it_says_who_would():
+    """And so does a log that is only an option."""
+    run = piped(Case()) | lt.log(line=None, to=[Collect()])
+    with pytest.raises(
+        RuntimeError, match=r"log.image: no sink of this log takes it. TensorBoard does, in lt.log\(folder\)"
+    ):
+        run["log"].image("a", torch.rand(2, 2))
+    with pytest.raises(RuntimeError, match=r'log.text: this log belongs to no run.* Use run\["log"\].text'):
+        lt.log(line=None, to=[Shows()]).text("a", "b")
+
+
+def test_figures_go_to_who_shows_images():
+    """Drawn; a sink with a method of its own gets the figure itself."""
+    from matplotlib.figure import Figure
+
+    class Figures(Collect):
+        def figure(self, tag, figure, state):
+            self.shown.append((tag, figure))
+
+    figure, shows, figures = Figure(figsize=(2, 1), dpi=50), Shows(), Figures()
+    run = piped(Case()) | lt.log(line=None, to=[shows, figures])
+    next(run)
+    run["log"].figure("curve", figure)
+
+    assert shows.shown == [("curve", (50, 100, 4), "train", 0)]
+    assert figures.shown == [("curve", figure)]
+
+
+def test_validation_on_demand_has_a_row(tmp_path):
+    """run.validate tells the log, though its states do not come through here."""
+    run = piped(Case(epochs=1)) | lt.log(tmp_path, line=None)
+    val = lt.validate(run.model, loader(shuffle=False), classify, name="test")
+    list(run.take(3))
+    run.validate(val)
+    run.close()
+
+    assert keys(tmp_path) == [("pass", "test", 2)]
+    assert rows(tmp_path)[0]["accuracy"] == run.results["test/accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"to": [print]}, TypeError, r"in to= is no sink: it needs the methods write\(row, state\) and close\(\)"),
+        ({"to": [lt.sinks.CSV]}, TypeError, r"log: CSV in to= is a class. Make a sink of it: CSV\(...\)"),
+        ({"to": Collect()}, TypeError, r"log: to must be a list of sinks, got .*Collect"),
+        ({"hparams": argparse.Namespace(token="hunter2")}, TypeError, r"such as vars\(args\), got a Namespace\.$"),
+        ({"csv": True}, ValueError, r"log: csv=True needs a folder: lt.log\(folder, csv=True\)"),
+    ],
+)
+def test_bad_options_are_refused_where_they_are_typed(options, kind, message):
+    """With what to write instead."""
+    with pytest.raises(kind, match=message):
+        lt.log(**options)

@@ -29,9 +29,11 @@ def test_explain_prints_the_resolved_pipe(run, capsys):
 
 
 def test_repr_says_where_the_run_is(run):
-    """One line: the workflow and the counters, or what failed."""
-    assert repr(run) == "<Run: train x 1, val x 1; not begun>"
+    """One line says the workflow and the counters, or what failed; another one the pipe."""
+    assert repr(run).startswith("<Run: train x 1, val x 1; not begun\n train: forward | backward | clip_grad_norm | ")
 
     list(run.take(5))
 
-    assert repr(run) == "<Run: train x 1, val x 1; 1/2 epochs, 4/6 iterations done>"
+    assert repr(run).startswith(
+        "<Run: train x 1, val x 1; 1/2 epochs, 4/6 iterations done; in train: 1/3 batches done\n"
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import looptools as lt
 
@@ -47,3 +50,36 @@ def test_rehearse_refuses_to_use_up_a_generator(batches):
 
     with pytest.raises(RuntimeError, match="the source of train can be walked through only once"):
         run.rehearse()
+
+
+def test_gradients_come_back_as_the_tensors_they_were(run, model):
+    """Somebody else may hold them; and the rehearsal adds nothing to them."""
+    list(run.take(3))
+    grad = model.w.grad
+    value = grad.clone()
+
+    run.rehearse()
+
+    assert model.w.grad is grad
+    assert torch.equal(grad, value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="spawned workers would import this module")
+def test_a_pass_under_way_goes_on_with_the_workers_it_has():
+    """A loader with persistent workers would begin anew for whoever asks it next."""
+    from loops import Case, piped
+
+    losses = []
+    for rehearses in (False, True):
+        run = piped(Case())
+        source = run._agenda.phases[0].source
+        loader = DataLoader(source.dataset, 4, shuffle=True, num_workers=1, persistent_workers=True)
+        train = run._agenda.phases[0].on(loader)
+        torch.manual_seed(1)
+        run = lt.workflow([(train, 1)], max_epochs=2)
+        list(run.take(10))
+        if rehearses:
+            run.rehearse(2)
+        losses.append([state.metrics["loss"].item() for state in run])
+
+    assert losses[0] == losses[1]

@@ -1,0 +1,222 @@
+"""What stopped a run, and what its exception says about that."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .devices import model_device
+from .links import Slot
+from .state import Progress, State
+
+WHAT_NOW = "run.replace(...) mends it, next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it."
+
+
+@attrs.frozen(eq=False)
+class Failed:
+    """What stopped a run: ``run.failed``.
+
+    Args:
+        part: Full name of the part that raised.
+        state: The state it had; None if a pass's first batch could not be fetched.
+        exception: What it raised.
+
+    Example:
+        >>> Failed("train/forward", State(phase="train", iteration=3), ValueError("no"))
+        Failed(part='train/forward', iteration=3, epoch=0, exception=ValueError('no'))
+    """
+
+    part: str
+    state: State | None
+    exception: BaseException
+
+    def __repr__(self) -> str:
+        where = "" if self.state is None else f", iteration={self.state.iteration}, epoch={self.state.epoch}"
+        return f"Failed(part={self.part!r}{where}, exception={self.exception!r})"
+
+
+def stopped_by_user_code(name: str, error: BaseException) -> BaseException:
+    """*error* itself, or another in its place if it would end the caller's ``for`` in silence."""
+    if not isinstance(error, StopIteration):
+        return error
+    instead = RuntimeError(f"{name} raised StopIteration: something that it calls next() on is exhausted.")
+    instead.__cause__ = error
+    return instead
+
+
+def add_notes(failed: Failed, names: list[str], progress: Progress, slot: Slot | None) -> None:
+    """Say on the exception where it happened, what cannot be undone, and how to go on.
+
+    Args:
+        failed: What failed.
+        names: Full names of the parts of the pass, in order.
+        progress: The run's counters, for where no state is open.
+        slot: The place of the part; None if it was none.
+    """
+    error, state, name = failed.exception, failed.state, failed.part
+    number = f", part {names.index(name) + 1} of {len(names)}" if name in names else ""
+    iteration, epoch = (state or progress).iteration, (state or progress).epoch
+    error.add_note(f"looptools: {name} (iteration {iteration}, epoch {epoch}{number}).")
+    advice = advise(failed)
+    if advice:
+        error.add_note(advice)
+    if slot is not None and state is not None and hasattr(slot.part, "leaves"):
+        left = slot.part.leaves(state)
+        if left:
+            error.add_note(f"What it did before it failed cannot be undone: {left}.")
+    code = getattr(slot.part, "__code__", None) if slot is not None else None
+    if slot is not None and code is not None and inspect.isgeneratorfunction(slot.part) and code.co_nlocals > 2:
+        error.add_note(f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
+    if isinstance(error, Exception):
+        error.add_note(WHAT_NOW)
+
+
+# What to do about the commonest errors of torch, which do not say it themselves
+
+
+@attrs.frozen(eq=False)
+class Advice:
+    """What to say about one kind of error.
+
+    Args:
+        kind: Its type, or types.
+        message: A pattern that is found in its message.
+        text: What to do; ``{batch}``, ``{model}`` and ``{memory}`` are filled in.
+        of: Short name of the parts that it is said of; empty for all.
+    """
+
+    kind: type[Exception] | tuple[type[Exception], ...]
+    message: str
+    text: str
+    of: str = ""
+
+
+LESS_MEMORY = (
+    "The batch: {batch}.{memory} To need less: smaller batches with lt.optimize(..., accumulate=n); "
+    "autocast=torch.bfloat16; torch.utils.checkpoint in the model; if update failed, foreach=False in the optimizer. "
+    "What the step had made is let go, so run.retry() works once there is room."
+)
+DEVICES = (
+    'The model: {model}. The batch: {batch}. lt.train(..., device="model") moves batches to the model; what the step '
+    "makes itself needs device=."
+)
+DTYPES = (
+    "The model: {model}. The batch: {batch}. NumPy's numbers become float64: x.float(). Labels of classes must be "
+    "int64: y.long(); targets of mse_loss and binary_cross_entropy float: y.float()."
+)
+NO_GRAPH = (
+    "The loss was cut off from the weights: by .detach(), .item(), .data, torch.tensor(loss), argmax, torch.no_grad(), "
+    "or all weights are frozen. A validation step has no gradients at all. If the step calls backward itself, leave "
+    "that to lt.optimize(optimizer)."
+)
+GRAPH_IS_GONE = (
+    "Does the step call backward itself? Leave that to lt.optimize(optimizer). Do two parts go back over one loss? Put "
+    "lt.forward(step) between them, or give both optimizers one backward: lt.optimize([first, second]). Is something "
+    "kept from batch to batch, as an RNN's state? Detach it: hidden.detach()."
+)
+WRITTEN_OVER = (
+    "Something that backward needs was written over: by an update since the forward (put lt.forward(step) behind it), "
+    "or in the step (x += 1, relu_(), .mul_()). torch.autograd.set_detect_anomaly(True) shows where."
+)
+OUT_OF_RANGE = "Class labels must be 0 ... classes - 1, and token numbers 0 ... size of the vocabulary - 1."
+DEVICE_IS_LOST = (
+    f"Most often an index is out of range. {OUT_OF_RANGE} This process cannot use the device any more: start it anew, "
+    "with CUDA_LAUNCH_BLOCKING=1 or on the CPU to see the line; run.resume() goes on from the newest checkpoint."
+)
+ONE_SAMPLE = "BatchNorm cannot train on one sample, such as a last batch: DataLoader(..., drop_last=True)."
+
+OUT_OF_MEMORY = (
+    Advice((torch.OutOfMemoryError, MemoryError), "", LESS_MEMORY),
+    Advice(RuntimeError, "DefaultCPUAllocator: can't allocate|out of memory", LESS_MEMORY),
+)
+ADVICE = (  # the first that fits is given
+    *OUT_OF_MEMORY,
+    Advice(RuntimeError, "device-side assert", DEVICE_IS_LOST),
+    Advice(
+        RuntimeError,
+        "on the same device|not at the same device|on the expected device|"
+        r"Input type \(torch\.[a-z]+\.\w+\) and weight type \(torch\.[A-Z]|"
+        r"Input type \(torch\.[A-Z]\w+\) and weight type \(torch\.[a-z]",
+        DEVICES,
+    ),
+    Advice(
+        (RuntimeError, ValueError),
+        "scalar type|[Dd]type|not implemented for '|can't be cast to|Input type .* should be the same",
+        DTYPES,
+    ),
+    Advice(RuntimeError, "element 0 of tensors does not require grad", NO_GRAPH),
+    Advice(RuntimeError, "through the graph a second time", GRAPH_IS_GONE),
+    Advice(RuntimeError, "modified by an inplace operation", WRITTEN_OVER),
+    Advice(IndexError, "Target .* is out of bounds|index out of range in self", OUT_OF_RANGE),
+    Advice(ValueError, "Expected more than 1 value per channel", ONE_SAMPLE),
+    Advice(RuntimeError, "shape|size of tensor|channels", "The batch: {batch}.", of="forward"),
+    Advice(
+        (KeyError, IndexError, ValueError, TypeError, AttributeError),
+        "^(?!forward:)",
+        "The batch: {batch}.",
+        of="forward",
+    ),
+)
+
+
+def advise(failed: Failed) -> str:
+    """What to do about the error, if it is one of those that are known; empty otherwise.
+
+    Where memory ran out, the traceback's frames let go of their tensors.
+    """
+    error, state = failed.exception, failed.state
+    part = failed.part.rpartition("/")[2].rpartition(".")[2].partition("#")[0]
+    for advice in ADVICE:
+        if isinstance(error, advice.kind) and advice.of in ("", part) and re.search(advice.message, str(error)):
+            if advice in OUT_OF_MEMORY:
+                traceback.clear_frames(error.__traceback__)
+            return advice.text.format_map(_facts(state))
+    return ""
+
+
+def _facts(state: State | None) -> dict[str, str]:
+    if state is None:
+        return {"batch": "not there yet", "model": "see its parameters", "memory": ""}
+    device, parameter = model_device(state.model), None
+    if isinstance(state.model, Module):
+        parameter = next(state.model.parameters(), None)
+    model = type(state.model).__name__ + ("" if parameter is None else f", {_tensor(parameter, '')}")
+    memory = ""
+    if device is not None and device.type == "cuda":
+        peak, all_of_it = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        memory = f" At most {peak / 2**30:.1f} of {all_of_it / 2**30:.1f} GiB on {device} were in use."
+    return {"batch": contents(state.batch), "model": model, "memory": memory}
+
+
+def contents(batch: Any, depth: int = 3) -> str:
+    """What a batch holds, in few words.
+
+    Example:
+        >>> contents({"image": torch.zeros(4, 3), "label": [1, 2]})
+        'dict of image: (4, 3) float32 on cpu, label: list of int, int'
+    """
+    if isinstance(batch, Tensor):
+        return _tensor(batch, f"{tuple(batch.shape)} ")
+    kind = type(batch).__name__
+    if hasattr(batch, "shape") and hasattr(batch, "dtype"):
+        return f"{kind} {tuple(batch.shape)} {batch.dtype}"
+    if isinstance(batch, Mapping):
+        held = [f"{key}: {contents(value, depth - 1)}" for key, value in batch.items()] if depth else []
+    elif isinstance(batch, tuple | list):
+        held = [contents(value, depth - 1) for value in batch[:5]] if depth else []
+        held += ["..."] if len(batch) > 5 else []
+    else:
+        return kind
+    return f"{kind} of {', '.join(held) or 'nothing'}" if depth else kind
+
+
+def _tensor(tensor: Tensor, shape: str) -> str:
+    return f"{shape}{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
