@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from .checks import whole_number
-from .intervals import iterations
+from .intervals import epochs, iterations
 from .phases import Phase
 from .pipeline import name_of
 from .state import Progress
@@ -28,6 +28,11 @@ class Entry:
     @property
     def trains(self) -> bool:
         return isinstance(self.phase, Phase) and self.phase.trains
+
+    @property
+    def passes_data(self) -> bool:
+        """Whether it is a phase, and not a function of the run."""
+        return isinstance(self.phase, Phase)
 
 
 @attrs.define
@@ -175,6 +180,8 @@ def _entry(number: int, entry: Any) -> Entry:
         raise TypeError(f"{where} must be a pair (phase, n), got {entry!r}.") from None
     if isinstance(phase, type) or not (isinstance(phase, Phase) or callable(phase)):
         raise TypeError(f"{where} must begin with a phase or a function of the run, got {phase!r}.")
+    if isinstance(count, epochs):
+        count = count.n
     if not isinstance(count, iterations):
         return Entry(phase, whole_number(f"{where}: the number of passes", count))
     if not isinstance(phase, Phase):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 Validator = Callable[[Any, Any, Any], None]
 
@@ -78,6 +79,17 @@ def known(wanted: str, metrics: Iterable[str]) -> str:
     close = difflib.get_close_matches(wanted, names, cutoff=0.5)
     meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     return f"known are {', '.join(names) or 'none yet; they are written at the end of each pass'}.{meant}"
+
+
+def made_middleware_by(thing: Any) -> str:
+    """What makes a part of a pipe of *thing*, which is none itself; empty if nothing does."""
+    if isinstance(thing, Optimizer):
+        return " Write lt.optimize(optimizer)."
+    if isinstance(thing, LRScheduler):
+        return " Write lt.schedule_lr(optimizer, scheduler)."
+    if hasattr(thing, "middlewares"):
+        return " Phases stand beside each other: lt.workflow([(train, 1), (val, 1)], max_epochs=...)."
+    return ""
 
 
 def one_of(*choices: str) -> Validator:

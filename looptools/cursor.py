@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .agenda import Agenda
-from .failures import Failed, add_notes, stopped_by_user_code
+from .failures import Failed, add_notes, asked_by, not_the_state, stopped_by_user_code, what_now
 from .interrupts import MAIN, interrupts
 from .links import Slot, close_streams, raise_all
 from .passes import Passes
@@ -155,11 +155,11 @@ class Cursor:
         """Give the open state to the parts that come next, up to *until*; or to all of them."""
         while self.state is not None and self.at < len(self.line):
             slot = self.line[self.at]
+            if slot is until or slot.waiting:
+                return
             if self.state.dropped and not slot.closes:  # only who closes the pass learns of its end
                 self.at += 1
                 continue
-            if slot is until:
-                return
             slot.link.state = self.state
             try:
                 out = next(slot.begin() if slot.stream is None else slot.stream)
@@ -169,7 +169,7 @@ class Cursor:
             except BaseException as error:
                 raise self._fail(slot.name, error, slot)
             if out is not self.state or slot.link.state is not None:  # a part that drops states has moved self.state
-                self._refuse(slot, out)
+                raise self._fail(slot.name, not_the_state(slot.name, out), slot)
             self.at += 1
 
     def finish(self) -> None:
@@ -188,7 +188,7 @@ class Cursor:
                 self.at_boundary[0](self.run)
                 del self.at_boundary[0]
         except BaseException as error:
-            raise self._fail("boundary", error)
+            raise self._fail(asked_by(self.at_boundary, self.slots), error)
         self.state, self.at, self._counted = None, 0, False
         if not state.dropped:
             self.handed = state
@@ -256,23 +256,29 @@ class Cursor:
         if self._closing or dropped is None:
             raise StopIteration
         dropped.dropped = True
-        if dropped.last:
-            if not slot.of_run:
-                raise StopIteration
-            self.at = self.line.index(slot) + 1  # those behind it still learn that the pass has ended
-            self.advance()
-        self.finish()
-        if self.begin():
-            self.advance(until=slot)
-        if self.state is None or self.at >= len(self.line):  # over; or its pass was ended by a part before it
+        if dropped.last and not slot.of_run:
             raise StopIteration
-        return self.state
+        slot.waiting = True
+        try:
+            if dropped.last:
+                self.at = self.line.index(slot) + 1  # those behind it still learn that the pass has ended
+                self.advance()
+            if self.state is dropped and (not dropped.last or self.at >= len(self.line)):
+                self.finish()
+                if self.begin():
+                    self.advance()
+        finally:
+            slot.waiting = False
+        state = self.state  # none: the run is over; of another part: that one waits for it, or ended the pass
+        if state is None or self.line[self.at : self.at + 1] != [slot] or (state.dropped and not slot.closes):
+            raise StopIteration
+        return state
 
     def _stream_ended(self, slot: Slot) -> None:
         """A part's loop is over: its pass ends with the open state, which it dropped; or the run does."""
         slot.forget()
         state = self.state
-        if state is None or self.at >= len(self.line):
+        if state is None or self.line[self.at : self.at + 1] != [slot]:
             return
         state.dropped = True
         if slot.of_run:
@@ -282,15 +288,6 @@ class Cursor:
             state.last = True
             state.round_last = self.passes.is_round_last()
             self.at = self.line.index(slot) + 1
-
-    def _refuse(self, slot: Slot, out: Any) -> None:
-        error: Exception = RuntimeError(
-            f"{slot.name} must yield the state it was given last, once or not at all, but yielded another one. "
-            "A part cannot hold states back or make new ones."
-        )
-        if not isinstance(out, State):
-            error = TypeError(f"{slot.name} yielded {type(out).__name__}, not the state. Write `yield state`.")
-        raise self._fail(slot.name, error, slot)
 
     # Failing and closing
 
@@ -303,7 +300,7 @@ class Cursor:
         error = stopped_by_user_code(name, error)
         if get_ident() == MAIN and interrupts.at_work == 1:
             interrupts.pending = False  # this stops the run already
-        self.failed = Failed(name, self.state, error)
+        self.failed = Failed(name, self.state, error, what_now(name, self.state, slot is not None))
         add_notes(self.failed, self.part_names, self.progress, slot)
         return error
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from .figures import new_figure, save, tidy
-from .trainings import Training, read_trainings
+from .trainings import Row, Training, read_trainings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,8 +42,9 @@ def plot(
     Args:
         what: A run, whose ``run.history`` is drawn, and the rows that its ``log(folder)`` has written; or such a
             folder, or a ``log.jsonl``. A list of these draws several, a mapping gives them names.
-        metrics: Names without the phase, as in ``["loss", "accuracy"]``; also ``"lr"``, ``"grad_norm"``. By default
-            those that training and validation both have, the loss first; names with a ``/`` only if they are asked for.
+        metrics: Names without the phase, as in ``["loss", "accuracy"]``; also ``"lr"``, ``"grad_norm"``. One with it,
+            as in ``run.results``, draws that phase alone: ``"val/accuracy"``. By default those that training and
+            validation both have, the loss first; names with a ``/`` only if they are asked for.
         path: Where to save it; the ending says as what (``.png``, ``.svg``, ``.pdf``).
         x: What counts on the x axis: training iterations, epochs, or seconds at work within passes.
         smooth: From 0 to below 1: how much the line follows what came before; the raw one stays, fainter.
@@ -81,7 +82,8 @@ def plot(
     figure = new_figure("plot", max(5.0, 4.2 * columns) if columns < 4 else 15.0, 3.0 * rows + 0.5)
     panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True).flat)
     for number, (name, axes) in enumerate(zip(names, panels, strict=False)):
-        _Panel(axes, name, x, smooth).draw(trainings, log_scale)
+        phase, metric = _split(trainings, name)
+        _Panel(axes, name, phase, metric, x, smooth).draw(trainings, log_scale)
         if number + columns >= len(names):
             axes.set_xlabel("seconds at work" if x == "seconds" else x)
             axes.tick_params(labelbottom=True)
@@ -98,8 +100,11 @@ def _metrics(trainings: list[Training], asked: str | Sequence[str] | None) -> li
     known = list(dict.fromkeys(key for training in trainings for row in training.rows for key in row.values))
     if asked is not None:
         names = [asked] if isinstance(asked, str) else list(asked)
-        missing = [name for name in names if name not in known]
-        if missing or not names:
+        if not names:
+            raise ValueError("plot: metrics is an empty list. Leave it out for those of training and validation.")
+        of_phases = {f"{row.phase}/{key}" for training in trainings for row in training.rows for key in row.values}
+        missing = [name for name in names if name not in known and name not in of_phases]
+        if missing:
             raise LookupError(
                 f"plot: nobody has written {', '.join(map(repr, missing))}; known are {', '.join(known)}."
             )
@@ -110,6 +115,14 @@ def _metrics(trainings: list[Training], asked: str | Sequence[str] | None) -> li
     if not names:
         raise ValueError("plot: the rows hold no metric. Does the step return a loss?")
     return sorted(names, key=lambda name: name != "loss")
+
+
+def _split(trainings: list[Training], name: str) -> tuple[str, str]:
+    """The phase (empty for all) and the metric that *name* asks for."""
+    if any(name in row.values for training in trainings for row in training.rows):
+        return "", name
+    phase, _, metric = name.partition("/")
+    return phase, metric
 
 
 def _in_all_phases(training: Training, name: str) -> bool:
@@ -142,19 +155,21 @@ class _Panel:
     """One metric of all runs."""
 
     axes: Axes
+    title: str
+    phase: str  # the only one that is drawn; empty for all
     metric: str
     x: str
     smooth: float
 
     def draw(self, trainings: list[Training], log_scale: bool | None) -> None:
         tidy(self.axes)
-        self.axes.set_title(self.metric, loc="left", fontsize="medium")
+        self.axes.set_title(self.title, loc="left", fontsize="medium")
         if len(trainings) == 1:
             self._mark_epochs(trainings[0])
         for training in trainings:
             for phase in training.phases:
                 self._curve(training, phase, _style(trainings, training, phase))
-        values = [row.values[self.metric] for t in trainings for row in t.rows if self.metric in row.values]
+        values = [row.values[self.metric] for t in trainings for row in t.rows if self._has(row)]
         if _is_logarithmic(self.metric, values) if log_scale is None else log_scale:
             self._set_logarithmic()
         self.axes.set_xlim(left=0)
@@ -163,9 +178,12 @@ class _Panel:
 
             self.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
 
+    def _has(self, row: Row) -> bool:
+        return self.metric in row.values and self.phase in ("", row.phase)
+
     def _curve(self, training: Training, phase: str, style: dict[str, Any]) -> None:
         """The line and the points of one phase of one run."""
-        rows = [row for row in training.rows if row.phase == phase and self.metric in row.values]
+        rows = [row for row in training.rows if row.phase == phase and self._has(row)]
         within = [(row.at[self.x], row.values[self.metric]) for row in rows if not row.of_pass]
         passes = [(row.at[self.x], row.values[self.metric]) for row in rows if row.of_pass]
         if within:
@@ -210,13 +228,17 @@ class _Panel:
                 self.axes.axvspan(start, end, color=color, alpha=0.1, linewidth=0, zorder=0)
 
     def _set_logarithmic(self) -> None:
-        from matplotlib.ticker import LogLocator
+        from matplotlib.ticker import LogLocator, NullFormatter
 
         self.axes.set_yscale("log")
         self.axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
-        self.axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        self.axes.yaxis.set_major_formatter(_short)
         self.axes.yaxis.set_minor_locator(LogLocator(subs="all", numticks=9))
-        self.axes.yaxis.set_minor_formatter(lambda value, position: "")
+        self.axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float, position: float) -> str:
+    return f"{value:g}"
 
 
 def _is_logarithmic(metric: str, values: list[float]) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -17,8 +19,6 @@ from .devices import model_device
 from .links import Slot
 from .state import Progress, State
 
-WHAT_NOW = "run.replace(...) mends it, next(run) goes on there, run.retry() redoes the iteration, run.skip() drops it."
-
 
 @attrs.frozen(eq=False)
 class Failed:
@@ -28,6 +28,7 @@ class Failed:
         part: Full name of the part that raised.
         state: The state it had; None if a pass's first batch could not be fetched.
         exception: What it raised.
+        advice: The verbs that help in this place.
 
     Example:
         >>> Failed("train/forward", State(phase="train", iteration=3), ValueError("no"))
@@ -37,6 +38,7 @@ class Failed:
     part: str
     state: State | None
     exception: BaseException
+    advice: str = ""
 
     def __repr__(self) -> str:
         where = "" if self.state is None else f", iteration={self.state.iteration}, epoch={self.state.epoch}"
@@ -52,6 +54,22 @@ def stopped_by_user_code(name: str, error: BaseException) -> BaseException:
     return instead
 
 
+def not_the_state(name: str, out: Any) -> Exception:
+    """The error of a part that handed on something else than the state it was given."""
+    if not isinstance(out, State):
+        return TypeError(f"{name} yielded {type(out).__name__}, not the state. Write `yield state`.")
+    return RuntimeError(
+        f"{name} must yield the state it was given last, once or not at all, but yielded another one. "
+        "A part cannot hold states back or make new ones."
+    )
+
+
+def asked_by(actions: Sequence[Callable[..., Any]], slots: Iterable[Slot]) -> str:
+    """Full name of the part that asked for the first of the *actions* that wait for the boundary."""
+    part = getattr(actions[0], "__self__", None) if actions else None
+    return next((slot.name for slot in slots if slot.part is part), "boundary")
+
+
 def add_notes(failed: Failed, names: list[str], progress: Progress, slot: Slot | None) -> None:
     """Say on the exception where it happened, what cannot be undone, and how to go on.
 
@@ -65,18 +83,30 @@ def add_notes(failed: Failed, names: list[str], progress: Progress, slot: Slot |
     number = f", part {names.index(name) + 1} of {len(names)}" if name in names else ""
     iteration, epoch = (state or progress).iteration, (state or progress).epoch
     error.add_note(f"looptools: {name} (iteration {iteration}, epoch {epoch}{number}).")
-    advice = advise(failed)
-    if advice:
-        error.add_note(advice)
+    with contextlib.suppress(Exception):  # a batch that cannot be described must not hide what was raised
+        if advice := advise(failed):
+            error.add_note(advice)
     if slot is not None and state is not None and hasattr(slot.part, "leaves"):
-        left = slot.part.leaves(state)
-        if left:
-            error.add_note(f"What it did before it failed cannot be undone: {left}.")
+        with contextlib.suppress(Exception):
+            if left := slot.part.leaves(state):
+                error.add_note(f"What it did before it failed cannot be undone: {left}.")
     code = getattr(slot.part, "__code__", None) if slot is not None else None
     if slot is not None and code is not None and inspect.isgeneratorfunction(slot.part) and code.co_nlocals > 2:
         error.add_note(f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
     if isinstance(error, Exception):
-        error.add_note(WHAT_NOW)
+        error.add_note(failed.advice)
+
+
+def what_now(name: str, state: State | None, within_part: bool) -> str:
+    """The verbs that help after a failure of the part *name*, or of what it asked to be done at the boundary."""
+    if name.startswith("workflow/"):
+        return "next(run) calls it again, run.skip() goes on behind it."
+    if name.endswith("/batches"):
+        return "next(run) asks the source again, run.skip() passes over the batch."
+    if not within_part:  # the iteration is complete, but for what was to be done at its boundary
+        return "run.replace(...) mends the part, next(run) does it again, run.skip() leaves it undone."
+    redo = "" if state is None or state.committed else "run.retry() redoes the iteration, "
+    return f"run.replace(...) mends it, next(run) goes on there, {redo}run.skip() drops it."
 
 
 # What to do about the commonest errors of torch, which do not say it themselves
@@ -204,17 +234,17 @@ def contents(batch: Any, depth: int = 3) -> str:
         'dict of image: (4, 3) float32 on cpu, label: list of int, int'
     """
     if isinstance(batch, Tensor):
-        return _tensor(batch, f"{tuple(batch.shape)} ")
+        return _tensor(batch, "nested " if batch.is_nested else f"{tuple(batch.shape)} ")
     kind = type(batch).__name__
-    if hasattr(batch, "shape") and hasattr(batch, "dtype"):
-        return f"{kind} {tuple(batch.shape)} {batch.dtype}"
-    if isinstance(batch, Mapping):
-        held = [f"{key}: {contents(value, depth - 1)}" for key, value in batch.items()] if depth else []
-    elif isinstance(batch, tuple | list):
-        held = [contents(value, depth - 1) for value in batch[:5]] if depth else []
-        held += ["..."] if len(batch) > 5 else []
-    else:
+    if isinstance(getattr(batch, "shape", None), tuple) and hasattr(batch, "dtype"):
+        return f"{kind} {batch.shape} {batch.dtype}"
+    if not isinstance(batch, Mapping | tuple | list):
         return kind
+    held = []
+    for item in itertools.islice(batch.items() if isinstance(batch, Mapping) else batch, 5 if depth else 0):
+        key, value = item if isinstance(batch, Mapping) else ("", item)
+        held.append((f"{key}: " if key != "" else "") + contents(value, depth - 1))
+    held += ["..."] if depth and len(batch) > 5 else []
     return f"{kind} of {', '.join(held) or 'nothing'}" if depth else kind
 
 

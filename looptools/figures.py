@@ -32,21 +32,33 @@ def new_figure(verb: str, width: float, height: float) -> Figure:
         b'PNG'
     """
     try:
-        from matplotlib.figure import Figure  # not pyplot: no window opens, and nobody's backend is changed
+        kind: type[Figure] = __getattr__("Figure")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f'{verb} needs matplotlib. Install it: pip install "torch-looptools[plot]".', name=error.name
         ) from error
+    return kind(figsize=(width, height), layout="constrained")
 
-    class Shown(Figure):
-        """A plain Figure is shown in notebooks only once pyplot has been imported."""
 
-        def _repr_png_(self) -> bytes:
-            buffer = io.BytesIO()
-            self.savefig(buffer, format="png", dpi=DPI)
-            return buffer.getvalue()
+def _repr_png_(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
 
-    return Shown(figsize=(width, height), layout="constrained")
+
+def __getattr__(name: str) -> Any:
+    """Make the class `Figure` when it is first asked for, by `new_figure` or by pickle: only then is matplotlib there.
+
+    A plain Figure is shown in notebooks only once pyplot has been imported.
+    """
+    if name != "Figure":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from matplotlib.figure import Figure as Plain  # not pyplot: no window opens, and nobody's backend is changed
+
+    if name not in globals():
+        own = {"_repr_png_": _repr_png_, "__module__": __name__, "__doc__": Plain.__doc__}
+        globals()[name] = type(name, (Plain,), own)
+    return globals()[name]
 
 
 def tidy(axes: Axes) -> None:

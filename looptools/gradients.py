@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from .checks import require_optimizer
+from .state import State
+
+if TYPE_CHECKING:
+    from .run import Run
+
+OPEN, CLOSED, MOVED, SKIPPED = "open", "closed", "moved", "skipped"  # what `state.windows` says of an optimizer
 
 
 def optimizers_of(part: Any) -> tuple[Optimizer, ...]:
@@ -22,6 +28,12 @@ def optimizers_of(part: Any) -> tuple[Optimizer, ...]:
     """
     held = getattr(part, "optimizer", None)
     return tuple(one for one in (held if isinstance(held, tuple) else (held,)) if isinstance(one, Optimizer))
+
+
+def optimizers_in(run: Run) -> list[Optimizer]:
+    """All that a run knows, none or several."""
+    found = run.optimizer
+    return list(found.values()) if isinstance(found, dict) else [] if found is None else [found]
 
 
 def one_or_several(given: Any) -> Any:
@@ -75,6 +87,37 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
     return (parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"])
 
 
+def tensors(part: str, params: Any) -> list[Tensor]:
+    """Read an option ``params``: tensors, or one of them, as torch's own functions take them."""
+    found = [params] if isinstance(params, Tensor) or not hasattr(params, "__iter__") else list(params)
+    if not found or not all(isinstance(parameter, Tensor) for parameter in found):
+        raise TypeError(f"{part}: params must be tensors, as in model.parameters(), got {params!r:.60}.")
+    return found
+
+
+# Whose turn it is, where a pipe has several optimizers
+
+
+def fill_windows(state: State, optimizers: Iterable[Optimizer], closes: bool) -> None:
+    """Their windows have the gradients of this iteration now; where they close, updates may come."""
+    windows = state.windows
+    if not state.updates or CLOSED not in windows.values():  # nobody waits for a turn that may come
+        for optimizer, window in list(windows.items()):
+            if window != OPEN:
+                del windows[optimizer]
+    windows.update(dict.fromkeys(optimizers, CLOSED if closes else OPEN))
+    state.updates = CLOSED in windows.values()
+
+
+def are_due(state: State, params: Iterable[Tensor]) -> bool:
+    """Whether gradients of *params* are to be used in this iteration."""
+    if not state.updates or OPEN not in state.windows.values():
+        return state.updates
+    mine = set(map(id, params))
+    held = [w for one, w in state.windows.items() if not mine.isdisjoint(map(id, parameters_of([one])))]
+    return not held or any(window != OPEN for window in held)
+
+
 class Gradients:
     """The gradients of the parameters of *optimizers*; they can be laid aside while others need the parameters.
 
@@ -102,8 +145,11 @@ class Gradients:
         return self.aside if self.aside is not None else [p.grad for p in parameters_of(self.optimizers)]
 
     def lay_aside(self) -> None:
-        """Hold on to them; somebody else may zero the parameters' now."""
-        self.aside = self.all()
+        """Hold on to them, and take them off the parameters: other losses may go through these, too."""
+        if self.aside is None:
+            self.aside = self.all()
+            for parameter in parameters_of(self.optimizers):
+                parameter.grad = None
 
     def put_back(self) -> None:
         """Give the parameters what was laid aside."""

@@ -52,8 +52,9 @@ def param_groups(
         weight_decay: What *decay_multipliers* multiply.
         no_decay_on: Words; no weight decay where one stands in the parameter's full name, or in the class name of the
             module that holds it, upper or lower case: "norm" finds LayerNorm, BatchNorm2d and RMSNorm.
-        lr_multipliers: Factors by a piece of the parameter's full name, as in ``{"backbone": 0.1}``. The longest key
-            wins; of equally long ones the first in the alphabet.
+        lr_multipliers: Factors by whole pieces of the parameter's full name, as in ``{"backbone": 0.1}``: it finds
+            "backbone.0.weight" and "module.backbone.0.weight", not "backbone2.weight". So "layers.1" does not find
+            "layers.12". The longest key wins; of equally long ones the first in the alphabet.
         decay_multipliers: The same for weight decay; they win over *no_decay_on*.
         frozen: Whether parameters that do not require gradients are included.
 
@@ -63,13 +64,13 @@ def param_groups(
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2), torch.nn.Linear(2, 1))
-        >>> groups = lt.param_groups(model, lr=0.1, weight_decay=0.01, lr_multipliers={"2.": 10})
+        >>> groups = lt.param_groups(model, lr=0.1, weight_decay=0.01, lr_multipliers={"2": 10})
         >>> for group in groups:
         ...     print(group["name"], len(group["params"]), group["lr"], group["weight_decay"])
         default 1 0.1 0.01
         no_decay 3 0.1 0.0
-        2. 1 1.0 0.01
-        2. no_decay 1 1.0 0.0
+        2 1 1.0 0.01
+        2 no_decay 1 1.0 0.0
         >>> optimizer = torch.optim.AdamW(groups)
     """
     if not isinstance(model, Module):
@@ -131,7 +132,12 @@ def _named(model: Module) -> Iterator[tuple[str, str, Parameter]]:
 
 def _longest(keys: Iterable[str], name: str) -> str:
     """The longest of *keys* that stands in *name*, the first in the alphabet of equals; empty if none does."""
-    return min((key for key in keys if key in name), key=lambda key: (-len(key), key), default="")
+    return min((key for key in keys if _finds(key, name)), key=lambda key: (-len(key), key), default="")
+
+
+def _finds(key: str, name: str) -> bool:
+    """Whether *key* stands in *name*, from dot to dot; dots at its own ends say nothing more."""
+    return f".{key.strip('.')}." in f".{name}."
 
 
 def _words(no_decay_on: Iterable[str]) -> list[str]:
@@ -158,16 +164,17 @@ def _require_matches(
     model: Module, found: list[tuple[str, str, Parameter]], words: list[str], factors: Mapping[str, Iterable[str]]
 ) -> None:
     names = [name for name, _, _ in found]
-    lost = [(option, key) for option, keys in factors.items() for key in keys if not any(key in n for n in names)]
+    lost = [(option, key) for option, keys in factors.items() for key in keys if not any(_finds(key, n) for n in names)]
     texts = [text.lower() for name, holder, _ in found for text in (name, holder)]
     lost += [("no_decay_on", w) for w in words if w not in USUAL and not any(w in text for text in texts)]
     if lost:
         option, key = lost[0]
         children = ", ".join(name for name, _ in model.named_children()) or "none"
+        whole = "" if option == "no_decay_on" else ", in whole pieces between dots"
         some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         raise ValueError(
-            f"param_groups: {option}: no parameter is found by {key!r}. The children of {type(model).__name__} are "
-            f"{children}; its parameters {some}."
+            f"param_groups: {option}: no parameter is found by {key!r}{whole}. The children of {type(model).__name__} "
+            f"are {children}; its parameters {some}."
         )
 
 

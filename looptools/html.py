@@ -6,7 +6,7 @@ Colours are the page's own (``currentColor``) or legible on light and dark. Ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,27 @@ NUMBERS = "font-variant-numeric:tabular-nums"
 
 
 def text(value: Any, style: str = "") -> str:
-    """A piece of text, escaped.
+    """A piece of text, escaped; of what cannot be shown, the name of its type.
 
     Example:
         >>> text("<b> & co", "opacity:.5")
         '<span style="opacity:.5">&lt;b&gt; &amp; co</span>'
     """
-    return f'<span style="{style}">{escape(str(value))}</span>' if style else escape(str(value))
+    shown = escape(_or_type(str, value))
+    return f'<span style="{style}">{shown}</span>' if style else shown
+
+
+def _or_type(show: Callable[[Any], str], value: Any) -> str:
+    """What *show* makes of a value; if it fails, as where a device is lost, the name of the value's type."""
+    try:
+        return show(value)
+    except Exception:  # the value may be anything of the user's
+        return type(value).__name__
 
 
 def code(value: Any) -> str:
     """Text as one would type it."""
-    return f'<code style="background:none;color:inherit;padding:0">{escape(str(value))}</code>'
+    return f'<code style="background:none;color:inherit;padding:0">{text(value)}</code>'
 
 
 def box(head: str, *pieces: str) -> str:
@@ -141,13 +150,28 @@ def of_state(state: State) -> str:
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:
     """Scalars as a person reads them; tensors become numbers all at once."""
-    scalars = {name: value for name, value in values.items() if isinstance(value, Tensor) and value.numel() == 1}
-    values = {**values, **read(scalars)}
-    return {str(name): number(value)[:200] for name, value in values.items() if value is not None}
+    values = {**values, **_read({name: value for name, value in values.items() if isinstance(value, Tensor)})}
+    return {str(name): _or_type(number, value)[:200] for name, value in values.items() if value is not None}
+
+
+def _read(tensors: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars among *tensors* that can be read; if one cannot, each by itself."""
+    try:
+        return read({name: value for name, value in tensors.items() if value.numel() == 1})
+    except Exception:  # on no device, or on one that is lost
+        each = tensors.items() if len(tensors) > 1 else ()
+        return {name: found for name, value in each for found in _read({name: value}).values()}
 
 
 def _shape(value: Any, depth: int = 0) -> str:
-    """What a nested batch holds: shapes and kinds, no values."""
+    """What a nested batch holds: shapes and kinds, no values; of what does not tell, its kind."""
+    try:
+        return _held(value, depth)
+    except Exception:  # not all that has a shape can say it
+        return text(type(value).__name__)
+
+
+def _held(value: Any, depth: int) -> str:
     if value is None:
         return ""
     if hasattr(value, "shape") and hasattr(value, "dtype"):

@@ -93,13 +93,19 @@ class samples:
         if not state.trains or state.run is None:
             return False
         done = state.run.progress.samples
-        return (done + state.num_samples) // self.n > done // self.n
+        return self._with(state) // self.n > done // self.n
 
     def reached(self, state: State) -> bool:
         """Whether *n* training samples are done with *state*."""
         if not state.trains or state.run is None:
             return False
-        return state.run.progress.samples + (0 if state.dropped else state.num_samples) >= self.n
+        return self._with(state) >= self.n
+
+    @staticmethod
+    def _with(state: State) -> int:
+        """Training samples that are done with *state*; a dropped one counts none."""
+        assert state.run is not None
+        return state.run.progress.samples + (0 if state.dropped else state.num_samples)
 
 
 @attrs.frozen(eq=False)
@@ -136,7 +142,7 @@ class target:
         at_most: Due when the result is this or less. Give one of the two.
 
     Raises:
-        LookupError: When it is asked, if nobody has written *metric* after the first round.
+        LookupError: When it is asked, if a phase of the workflow has not written its metric after the first round.
 
     Example:
         >>> target("val/loss", at_most=0.1)
@@ -197,7 +203,7 @@ def newest(who: str, metric: str, state: State) -> float | None:
         state: The last state of a pass, as the run's parts see it.
 
     Raises:
-        LookupError: If a whole round is done, and nobody has written *metric*.
+        LookupError: If a whole round is done, and its phase has not written *metric*.
         RuntimeError: If the state belongs to no run.
     """
     run = state.run
@@ -209,13 +215,20 @@ def newest(who: str, metric: str, state: State) -> float | None:
 
 
 def require_written(who: str, metric: str, run: Run) -> None:
-    """Refuse a *metric* that nobody has written yet; asked after a whole round, when everybody has.
+    """Refuse a *metric* that nobody has written yet; asked after a whole round, when the workflow's phases all have.
+
+    One of a phase that is not in the workflow has a round more, since the loop's body may call ``run.validate``; where
+    a function in the workflow may do that, it is waited for.
 
     Raises:
         LookupError: With the known ones.
     """
     phase, _, name = metric.partition("/")
-    if metric not in run.results and not any(row["phase"] == phase and name in row for row in run.history):
+    if metric in run.results or any(row["phase"] == phase and name in row for row in run.history):
+        return
+    passes = run.cursor.passes
+    unheard_of = run.progress.round > 0 and all(entry.passes_data for entry in passes.agenda.entries)
+    if unheard_of or phase in passes.names.values():
         raise LookupError(f'{who}: no part writes "{metric}"; {known(metric, run.results)}')
 
 

@@ -52,6 +52,11 @@ class Means:
         means = {key: sums[key] / weights[key] for key in sums if weights[key]}
         return read({**means, **(also or {})})
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been collected."""
+        return not self.entries and not self._sums
+
     def clear(self) -> None:
         """Forget everything."""
         self.entries.clear()
@@ -101,7 +106,8 @@ def _weighted_sum(values: list[Any], weights: list[float]) -> Any:
     device = pairs[-1][0].device
     dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     column = torch.stack([value.to(device=device, dtype=dtype) for value, _ in pairs])
-    return total + (column * torch.tensor([weight for _, weight in pairs], device=device, dtype=dtype)).sum()
+    factors = torch.tensor([weight for _, weight in pairs], dtype=dtype)
+    return total + (column * factors.to(device, non_blocking=True)).sum()  # else the host would wait for a GPU
 
 
 def number(scalar: Tensor) -> float:
@@ -131,6 +137,12 @@ def read(values: Mapping[str, Any]) -> dict[str, float]:
         else:
             result[key] = float(value)
     for device, keys in by_device.items():
+        for key in keys:
+            if values[key].numel() != 1:
+                raise TypeError(
+                    f"{key!r} in state.metrics or state.gauges must be one number, got shape "
+                    f"{tuple(values[key].shape)}. Average it: .mean()."
+                )
         dtype = torch.float32 if device.type == "mps" else torch.float64
         numbers = torch.stack([values[key].detach().reshape(()).to(dtype) for key in keys]).tolist()
         result.update(zip(keys, numbers, strict=True))

@@ -7,9 +7,11 @@ from typing import Any
 
 import attrs
 
+MOST = 200  # characters of one option
+
 
 def given(part: Any) -> str:
-    """Show the options that were given; those at their default go without saying.
+    """Show the options that were given, long ones cut; those at their default go without saying.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(()))], lr=0.1)
@@ -23,7 +25,7 @@ def given(part: Any) -> str:
     for field in attrs.fields(kind):
         if field.init and field.repr is not False and not _is_default(field, getattr(part, field.name)):
             show = field.repr if callable(field.repr) else repr
-            shown.append(f"{field.name}={show(getattr(part, field.name))}")
+            shown.append(f"{field.name}={_shown(show, getattr(part, field.name))}")
     return re.sub(r" at 0x[0-9a-fA-F]+", "", ", ".join(shown))  # a reader can do nothing with an address
 
 
@@ -42,7 +44,23 @@ def source_of(phase: Any, length: int | None) -> str:
     return f"{type(phase.source).__name__}, {batches}{where}"
 
 
+def _shown(show: Any, value: Any) -> str:
+    try:
+        shown = str(show(value))
+    except Exception:  # the user's own repr, which must not keep the rest from being seen
+        shown = f"<{type(value).__name__}>"
+    return shown if len(shown) <= MOST else f"{shown[:MOST]}..."
+
+
 def _is_default(field: Any, value: Any) -> bool:
+    """Whether an option is as if it had not been given; if its default cannot be had without the part, it is not."""
+    try:
+        return _equals_default(field, value)
+    except Exception:  # a factory or converter that asks for the part, or fails
+        return False
+
+
+def _equals_default(field: Any, value: Any) -> bool:
     default = field.default
     if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
         default = default.factory()

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
+from torch.nn import Module
 from torch.optim.lr_scheduler import LRScheduler
 
 from .cursor import Cursor
 from .gradients import optimizers_of, parameters_of
 from .links import Slot
 from .phases import Phase
+from .schedules import constant, plateau
+from .warn import warn
 
 FILL = {"backward", "update_by_closure"}  # fill the gradients of their optimizers
 MOVE = {"update", "update_by_closure"}  # move its weights
 CHANGE = {"clip_grad_norm", "clip_grad_value", "grad_noise"}  # work on gradients between the two
 FOLLOW = {"ema", "swa"}  # take in the weights once they have moved
+LOOK = {"watch", "unused_params"}  # look at gradients
 SCHEDULE = {"schedule"}  # set an optimizer's option for its next update; schedule_lr and schedule_momentum make one
 OWN = {""}  # the user's own
 
-TWICE = "If a cell with `phase = phase | ...` ran twice, make the phase anew in it"
+TWICE = " If a cell with `phase = phase | ...` ran twice, make the phase anew in it."
 
 
 def kind(slot: Slot) -> str:
@@ -44,11 +48,12 @@ def typed(slot: Slot) -> str:
 
 @attrs.frozen(eq=False)
 class Line:
-    """The parts that a state of one phase goes through."""
+    """The parts that a state of one phase goes through, and the lines of all phases."""
 
     phase: Phase
     name: str
     slots: list[Slot]
+    run: list[Line]
 
     def of(
         self, kinds: set[str], like: Slot | None = None, *, after: int = -1, before: int | None = None
@@ -66,6 +71,12 @@ def weights(slot: Slot) -> set[int]:
     """The parameters that a part is about, by identity."""
     optimizers = optimizers_of(slot.part)
     return set(map(id, parameters_of(optimizers) if optimizers else getattr(slot.part, "params", None) or ()))
+
+
+def weights_of(line: Line) -> set[int]:
+    """The parameters of a phase's model, by identity."""
+    model = line.phase.model
+    return set(map(id, model.parameters())) if isinstance(model, Module) else set()
 
 
 # The rules
@@ -116,6 +127,44 @@ def gradients_changed_too_early(line: Line) -> Iterator[str]:
             )
 
 
+def looked_at_too_early(line: Line) -> Iterator[str]:
+    """Before backward there are no gradients, or those of the iteration before."""
+    for number, slot in line.each(LOOK):
+        later = line.of(FILL, after=number)
+        if later and getattr(slot.part, "gradients", True) and not line.of(FILL | OWN, before=number):
+            yield (
+                f"{kind(slot)}: it stands before {kind(later[0])}, where gradients are those of the iteration before. "
+                f"Put it behind: train | lt.backward(optimizer) | lt.{kind(slot)}(model) | lt.update(optimizer)."
+            )
+
+
+def guard_behind_update(line: Line) -> Iterator[str]:
+    """What it would keep out is in the weights already; another forward or backward begins anew."""
+    for number, slot in line.each({"nan_guard"}):
+        before = line.of({"forward"} | FILL | MOVE | OWN, before=number)
+        if before and kind(before[-1]) in MOVE and not slot.of_run:
+            yield (
+                f"nan_guard: it stands behind {kind(before[-1])}, where the weights have moved already. Pipe it before "
+                "that: train | lt.nan_guard() | lt.optimize(optimizer), or as between=lt.nan_guard() in it."
+            )
+
+
+def scaler_on_one_only(line: Line) -> Iterator[str]:
+    """Gradients that are scaled must be unscaled, and who skips a step must know of the scaler."""
+    for number, slot in line.each({"update"}):
+        before = line.slots[:number]
+        filled = [n for n, other in enumerate(before) if kind(other) == "backward" and weights(other) & weights(slot)]
+        if filled and not line.of(OWN, after=filled[-1], before=number):
+            pair = (line.slots[filled[-1]], slot)
+            has = [slot.name for slot in pair if slot.part.scaler is not None]
+            if pair[0].part.scaler is not pair[1].part.scaler:
+                what = "have two scalers" if len(has) == 2 else f"share an optimizer, but only {has[0]} has a scaler"
+                yield (
+                    f"update: {pair[0].name} and {pair[1].name} {what}. Give both the same: "
+                    "lt.optimize(optimizer, scaler=scaler)."
+                )
+
+
 def _as_option(slot: Slot) -> str:
     option = {"clip_grad_norm": "max_norm", "clip_grad_value": "max_value"}.get(kind(slot))
     return f", or give lt.optimize(optimizer, {option}=...)" if option else ""
@@ -150,7 +199,7 @@ def backward_twice(line: Line) -> Iterator[str]:
         if set(optimizers_of(first.part)) & set(optimizers_of(second.part)):
             yield (
                 f"{kind(second)}: {first.name} and {second.name} fill the gradients of one optimizer from one loss. "
-                f"Drop one of them, or put lt.forward(step) between. {TWICE}."
+                f"Drop one of them, or put lt.forward(step) between.{_twice(second)}"
             )
 
 
@@ -160,7 +209,7 @@ def update_twice(line: Line) -> Iterator[str]:
         if first.part.optimizer is second.part.optimizer:
             yield (
                 f"{kind(second)}: {first.name} and {second.name} move the weights of one optimizer twice by the same "
-                f"gradients. Drop one of them. {TWICE}."
+                f"gradients. Drop one of them.{_twice(second)}"
             )
 
 
@@ -194,7 +243,7 @@ def schedule_twice(line: Line) -> Iterator[str]:
         if first.part.optimizer is second.part.optimizer and first.part.option == second.part.option:
             yield (
                 f"{typed(second)}: {first.name} and {second.name} set {first.part.option!r} of the same optimizer. "
-                f"Drop one of them. {TWICE}."
+                f"Drop one of them.{_twice(second)}"
             )
 
 
@@ -204,17 +253,78 @@ def same_part_twice(line: Line) -> Iterator[str]:
     for first, second in _pairs(line, others, until={"forward"} | FILL | MOVE | OWN):
         same = kind(first) == kind(second) and first.of_run == second.of_run
         if same and (kind(first) == "average" or _same(first.part, second.part)):
-            yield f"{kind(second)}: {first.name} and {second.name} are the same part twice. Drop one of them. {TWICE}."
+            what = f"{first.name} and {second.name} are the same part twice. Drop one of them.{_twice(second)}"
+            yield f"{kind(second)}: {what}"
 
 
 def same_folder_twice(line: Line) -> Iterator[str]:
     """Two logs, or two checkpoints, would write over each other's files."""
     for first, second in _pairs(line, {"log", "checkpoint"}, until=set()):
-        folder = getattr(first.part, "folder", None)
-        if kind(first) == kind(second) and folder is not None and folder == second.part.folder:
+        given: list[Any] = [getattr(slot.part, "folder", None) for slot in (first, second)]
+        if kind(first) == kind(second) and None not in given and len({Path(folder).resolve() for folder in given}) == 1:
             yield (
-                f"{kind(second)}: {first.name} and {second.name} write into the same folder, {folder}. "
+                f"{kind(second)}: {first.name} and {second.name} write into the same folder, {given[0]}. "
                 "Drop one of them, or give it a folder of its own."
+            )
+
+
+def stands_still(line: Line) -> Iterator[str]:
+    """Where the user's own loop or step moves the weights, nobody counts updates."""
+    return (message for message, own in _uncounted(line) if not own)
+
+
+def may_stand_still(line: Line) -> Iterator[str]:
+    """A part of the user's own that moves the weights would have to count, too."""
+    return (message for message, own in _uncounted(line) if own)
+
+
+def _uncounted(line: Line) -> Iterator[tuple[str, bool]]:
+    """What counts updates where no part makes any, and whether there is a part of the user's own that may."""
+    for _, slot in line.each(SCHEDULE | {"ema"}) if line.phase.trains else ():
+        if kind(slot) == "ema":  # counts the updates of the states that come through it
+            through = [other for other in line.run if other.phase.trains and slot in other.slots]
+            moves = slot.part.by != "update" or any(other.of(MOVE) for other in through)
+        else:  # those of its optimizer, wherever they are made
+            through = line.run
+            movers = [mover for other in through for mover in other.of(MOVE)]
+            moves = not _counts_updates(slot.part) or any(m.part.optimizer is slot.part.optimizer for m in movers)
+        if not moves:
+            message = (
+                f'{typed(slot)}: {slot.name} counts updates (by="{slot.part.by}"), but no part of the pipe makes any, '
+                'so it would stand still. If you move the weights by hand, give by="iteration"; else pipe '
+                "lt.optimize(optimizer) onto the phase."
+            )
+            yield message, any(other.of(OWN) for other in through)
+
+
+def _counts_updates(part: Any) -> bool:
+    """Whether a schedule needs them: also a warm-up under a schedule by epoch does; a plateau asks for results only."""
+    given = part.schedule if isinstance(part.schedule, list | tuple) else [part.schedule]
+    moves = any(not isinstance(one, constant | plateau) for one in given)
+    return (part.by == "update" and moves) or (part.by != "iteration" and bool(part.warmup))
+
+
+def weights_of_another_model(line: Line) -> Iterator[str]:
+    """An optimizer that was made of a copy, or of another phase's model."""
+    mine, movers = weights_of(line), line.of(MOVE)
+    if mine and not any(weights(slot) & mine for slot in movers):
+        for slot in movers:
+            others = [other.name for other in line.run if weights(slot) & weights_of(other)]
+            if others:
+                yield (
+                    f"{kind(slot)}: the optimizer of {slot.name} holds no parameter of {line.name}'s model, but those "
+                    f"of {others[0]}'s. Is it the model that the step trains? Else make the optimizer of that one."
+                )
+
+
+def gauge_behind_log(line: Line) -> Iterator[str]:
+    """A row is written before what stands behind the log has measured."""
+    logs = [number for number, _ in line.each({"log"})]
+    for number, slot in line.each({"timer", "memory"}):
+        if logs and slot.of_run and logs[-1] < number:
+            yield (
+                f"{kind(slot)}: {slot.name} stands behind {line.slots[logs[-1]].name}, whose rows do not show it. "
+                f"Pipe it on before: ... | lt.{kind(slot)}() | lt.log(...)."
             )
 
 
@@ -228,13 +338,20 @@ RULES: tuple[Callable[[Line], Iterator[str]], ...] = (
     update_before_backward,
     gradients_changed_too_late,
     gradients_changed_too_early,
+    looked_at_too_early,
+    guard_behind_update,
     schedule_behind_update,
     average_before_update,
+    scaler_on_one_only,
+    stands_still,
 )
 
 DOUBTS: tuple[Callable[[Line], Iterator[str]], ...] = (
     gradients_never_zeroed,
     optimizer_left_out,
+    may_stand_still,
+    weights_of_another_model,
+    gauge_behind_log,
 )  # the user's own loop may see to it
 
 
@@ -244,18 +361,50 @@ def check_order(cursor: Cursor) -> None:
     Raises:
         ValueError: Naming the two parts, and what to do.
     """
-    for line in lines(cursor):
-        for message in itertools.chain.from_iterable(rule(line) for rule in RULES):
-            raise ValueError(message)
-        for message in itertools.chain.from_iterable(rule(line) for rule in DOUBTS):
-            warnings.warn(message, stacklevel=2)
+    require_sources_to_last(cursor)
+    found = lines(cursor)
+    for message in _said(RULES, found):
+        raise ValueError(message)
+    for message in dict.fromkeys(_said(DOUBTS, found)):  # a part of the run stands in several lines
+        warn(message)
+
+
+def _said(rules: Iterable[Callable[[Line], Iterator[str]]], found: list[Line]) -> Iterator[str]:
+    return (message for line in found for rule in rules for message in rule(line))
+
+
+def require_sources_to_last(cursor: Cursor) -> None:
+    """Refuse a source that can be walked through only once under a phase that has several passes.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    passes = cursor.passes
+    lengths = {key: n or 0 for key, n in passes.lengths.items()}
+    if passes.agenda.max_iterations is not None:
+        return  # how many passes there are depends on how long they prove to be
+    walks: dict[int, int] = {}
+    for entry, _ in itertools.islice(passes.agenda.walk(lengths), 1000):
+        phase = entry.phase
+        if isinstance(phase, Phase) and hasattr(phase.source, "__next__") and not (entry.trains and entry.batches):
+            walks[id(phase)] = walks.get(id(phase), 0) + 1
+            if walks[id(phase)] > 1:
+                raise ValueError(
+                    f"{passes.names[id(phase)]}: its source is a {type(phase.source).__name__}, which is spent after "
+                    "one pass, and there are several. Give a function that makes it anew (lambda: ...), or a list."
+                )
 
 
 def lines(cursor: Cursor) -> list[Line]:
     """The parts that the states of each phase go through."""
-    phases = cursor.passes.agenda.phases
-    names = cursor.passes.names
-    return [Line(phase, names[id(phase)], [*cursor.lines[id(phase)], *cursor.run_slots]) for phase in phases]
+    names, found = cursor.passes.names, list[Line]()
+    for phase in cursor.passes.agenda.phases:
+        found.append(Line(phase, names[id(phase)], [*cursor.lines[id(phase)], *cursor.run_slots], found))
+    return found
+
+
+def _twice(slot: Slot) -> str:
+    return "" if slot.of_run else TWICE
 
 
 def _pairs(line: Line, kinds: set[str], until: set[str]) -> Iterator[tuple[Slot, Slot]]:

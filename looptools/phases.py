@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+from torch.nn import Module
 
 from . import html
 from .checks import whole_number
@@ -95,6 +96,10 @@ def _phase(
         raise TypeError(
             f"{kind}: give a step, a function step(model, batch) that returns the loss; "
             f"{type(model).__name__} has no {own}."
+        )
+    if isinstance(step, Module) and not isinstance(model, Module):
+        raise TypeError(
+            f"{kind}: the step is a {type(step).__name__}, a module. The order is {kind}(model, source, step)."
         )
     if not isinstance(name, str) or not name or "/" in name or "#" in name:
         raise ValueError(f"{kind}: name must be a word without / and #, got {name!r}.")

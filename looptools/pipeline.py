@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import attrs
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from .checks import made_middleware_by
 from .state import State
 
 Middleware = Callable[[Iterable[State]], Iterator[State]]
@@ -132,12 +131,7 @@ def check(middleware: Any, where: str) -> None:
             f"{where}: {middleware.__name__} is a class. Give it its options first: {middleware.__name__}(...)."
         )
     if not callable(middleware):
-        cure = " Write lt.optimize(optimizer)." if isinstance(middleware, Optimizer) else ""
-        if isinstance(middleware, LRScheduler):
-            cure = " Write lt.schedule_lr(optimizer, scheduler)."
-        elif hasattr(middleware, "middlewares"):
-            cure = " Phases stand beside each other: lt.workflow([(train, 1), (val, 1)], max_epochs=...)."
-        kind = type(middleware).__name__
+        kind, cure = type(middleware).__name__, made_middleware_by(middleware)
         raise TypeError(f"{where}: a middleware is a callable that takes a stream of states, got a {kind}.{cure}")
     if inspect.isfunction(middleware) and f"{middleware.__module__}.".startswith(f"{__package__}.middleware."):
         name = middleware.__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from .agenda import Agenda, agenda
 from .checks import known, whole_number
 from .cursor import Cursor
 from .failures import Failed
+from .middleware.freeze import see_who_froze
 from .phases import Phase
 from .pipeline import Middleware, check
 from .state import Progress, State
 from .training_doubt import training_doubt
+from .warn import warn
 
 
 class Results(dict[str, float]):
@@ -51,7 +52,8 @@ class Run:
         progress: Counters of what is done so far; see `Progress`.
         results: The newest mean of every metric, as in ``run.results["val/accuracy"]``.
         history: A dictionary for every pass: phase, epoch, iteration, round, iterations of the pass, training
-            iterations of the run after it (trained), seconds, and each mean under its own name.
+            iterations of the run after it (trained), seconds, on_demand if `validate` made it, and each mean under its
+            own name.
         best: What `checkpoint` found best so far, by metric: its value, the epochs and iterations done by then, the
             file's name, and with ``top=`` the ranked list under ``"top"``.
 
@@ -98,6 +100,7 @@ class Run:
             for slot in cursor.slots:
                 if hasattr(slot.part, "on_build"):
                     slot.part.on_build(self)
+            see_who_froze(cursor)
         except BaseException:
             self._cursor = None
             raise
@@ -253,7 +256,10 @@ class Run:
         return next(self)
 
     def skip(self) -> None:
-        """Drop the open iteration; ``next(run)`` goes on with the next batch."""
+        """Drop the open iteration; ``next(run)`` goes on with the next batch.
+
+        Where its gradients are in an open accumulation window, the window goes with it, with a warning.
+        """
         cursor = self.cursor
         cursor.work(lambda: stepping.drop(cursor))
 
@@ -267,11 +273,10 @@ class Run:
 
     def _warn_if_over(self, verb: str) -> None:
         if self.ended:
-            warnings.warn(
+            warn(
                 f"{verb}: the run is over ({self.ended}), there are no more states. run.reset() or "
                 "run.extend(max_epochs=...) goes on.",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     def after(self, name: str) -> State:
@@ -292,6 +297,8 @@ class Run:
 
     def replace(self, *what: Any) -> None:
         """Swap a part or a step: ``run.replace("clip_grad_norm", part)``, or ``run.replace(classify)`` by its name.
+
+        A step of another name: ``run.replace("classify", classify_better)``.
 
         Memory stays with the name.
 
@@ -358,7 +365,7 @@ class Run:
         seconds = round(cursor.seconds - cursor.passes.began, 3)
         trained = cursor.progress.iteration + state.trains  # counted at the boundary that follows
         facts |= {"round": cursor.progress.round, "iterations": state.index + 1, "trained": trained, "seconds": seconds}
-        self.history.append({**facts, **means})
+        self.history.append({**facts, **means, **facts})  # facts come first, and win over a metric of the same name
 
     def total(self, by: str, optimizer: Optimizer | None = None, epochs: int | None = None) -> int | None:
         """How many updates (of *optimizer*), iterations or epochs the whole run has, or its first *epochs*.
@@ -393,9 +400,17 @@ class Run:
         """Refuse a *folder* with checkpoints that this run was not resumed from."""
         checkpoints.require_own(folder, self.cursor.resumed_from)
 
-    def save(self, folder: Path, **options: Any) -> None:
-        """Write a checkpoint; for `checkpoint`, at a boundary."""
-        checkpoints.save(self, folder, **options)
+    def save(self, folder: str | Path, **options: Any) -> Path | None:
+        """Write a checkpoint into *folder*, made if missing, between two iterations; all of them stay.
+
+        Returns:
+            The file. ``run.resume(folder)`` goes on from it if a pass had ended there.
+
+        Raises:
+            FileExistsError: If the folder holds another run's checkpoints.
+            RuntimeError: If an iteration is open.
+        """
+        return checkpoints.save(self, folder, **options)
 
 
 def workflow(

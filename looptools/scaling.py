@@ -15,22 +15,38 @@ from .state import State
 
 @attrs.define(eq=False)
 class _Unscaled:
-    """Gradients that a scaler has unscaled: where, for whom, and whether one of them has moved."""
+    """Gradients that a scaler has unscaled since its scale changed: where, for whom, and who has not been stepped."""
 
     state: ref[State]  # through its run it holds the scaler, which could never go
+    optimizers: list[Optimizer]
     waiting: list[Optimizer]
-    moved: bool = False
 
 
 _unscaled: WeakKeyDictionary[GradScaler, _Unscaled] = WeakKeyDictionary()  # as long as somebody waits
 
 
+def prepare(scaler: GradScaler, optimizers: Iterable[Optimizer]) -> None:
+    """Before a loss is scaled for *optimizers*: have the scale change, if they are stepped twice an iteration.
+
+    So it does where an update that was to have it change did not come, since its gradients were left alone.
+    """
+    unscaled = _unscaled.get(scaler)
+    if unscaled is None or len(unscaled.waiting) == len(unscaled.optimizers):
+        return
+    if any(one is other for one in optimizers for other in unscaled.optimizers):
+        _change(scaler)
+
+
 def unscale(scaler: GradScaler, optimizers: Iterable[Optimizer], state: State) -> None:
     """Unscale the gradients of *optimizers*, each of which now waits for its step in the iteration of *state*."""
-    waiting = list(optimizers)
-    for optimizer in waiting:
+    more = list(optimizers)
+    for optimizer in more:
         scaler.unscale_(optimizer)
-    _unscaled[scaler] = _Unscaled(ref(state), waiting)
+    unscaled = _unscaled.get(scaler)
+    if unscaled is None or unscaled.state() is not state:
+        unscaled = _unscaled[scaler] = _Unscaled(ref(state), [], [])
+    unscaled.optimizers += more
+    unscaled.waiting += more
 
 
 def step(scaler: GradScaler, optimizer: Optimizer) -> bool:
@@ -50,27 +66,24 @@ def step(scaler: GradScaler, optimizer: Optimizer) -> bool:
     return bool(moved)
 
 
-def settle(scaler: GradScaler, optimizer: Optimizer, moved: bool) -> bool:
-    """Have the scale change, if *optimizer* was the last that waited for its step.
-
-    Returns:
-        Whether any of them moves: True as long as one is still to come.
-    """
+def settle(scaler: GradScaler, optimizer: Optimizer, last: bool) -> None:
+    """Have the scale change, if *optimizer* was the last that waited for its step, and no other update comes."""
     unscaled = _unscaled.get(scaler)
-    if unscaled is not None and any(one is optimizer for one in unscaled.waiting):
-        unscaled.waiting = [one for one in unscaled.waiting if one is not optimizer]
-        unscaled.moved = moved = unscaled.moved or moved
-        if unscaled.waiting:
-            return True
-        del _unscaled[scaler]
-    scaler.update()
-    return moved
-
-
-def forget_dropped(scaler: GradScaler) -> None:
-    """Have the scale change, if the iteration that was unscaled last was dropped before all had their step."""
-    unscaled = _unscaled.get(scaler)
-    state = unscaled.state() if unscaled is not None else None
-    if state is not None and state.dropped:
-        del _unscaled[scaler]
+    if unscaled is None:
         scaler.update()
+        return
+    unscaled.waiting = [one for one in unscaled.waiting if one is not optimizer]
+    if last and not unscaled.waiting:
+        _change(scaler)
+
+
+def forget_dropped(scaler: GradScaler, state: State) -> None:
+    """Have the scale change, if *state* was dropped before all that were unscaled in it had their step."""
+    unscaled = _unscaled.get(scaler)
+    if state.dropped and unscaled is not None and unscaled.state() is state:
+        _change(scaler)
+
+
+def _change(scaler: GradScaler) -> None:
+    del _unscaled[scaler]
+    scaler.update()

@@ -96,7 +96,8 @@ class State:
             row shows the newest, ``run.results`` those of the pass's last state.
         lr: Learning rate of the first param group, in force at this iteration's update.
         grad_norm: Norm of the gradients before clipping, a tensor of shape ``()``.
-        updates: Whether the optimizer moves in this iteration.
+        updates: Whether an optimizer moves in this iteration.
+        windows: How far each optimizer's accumulation window is, for the parts behind its backward.
         dropped: Set by the run on a state that a part did not yield, or that ``run.skip()`` dropped; averages leave it
             out. To drop a state, do not yield it.
         replayed: Whether it is computed a second time only to get back somewhere; parts that write files keep still.
@@ -130,6 +131,7 @@ class State:
     lr: float | None = attrs.field(default=None, repr=lambda lr: f"{lr:g}" if isinstance(lr, float) else repr(lr))
     grad_norm: Tensor | None = attrs.field(default=None, repr=False)
     updates: bool = False
+    windows: dict[Optimizer, str] = attrs.field(factory=dict, repr=False)
     dropped: bool = attrs.field(default=False, repr=False)
     replayed: bool = attrs.field(default=False, repr=False)
     committed: str = attrs.field(default="", repr=False)

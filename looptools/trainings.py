@@ -16,7 +16,7 @@ from .sinks import FACTS
 if TYPE_CHECKING:
     from .run import Run
 
-NO_METRIC = {*FACTS, "round", "iterations", "trained"}  # the last three are facts of run.history
+NO_METRIC = {*FACTS, "round", "iterations", "on_demand"}  # the last three are facts of run.history
 
 
 @attrs.frozen(eq=False)
@@ -141,7 +141,12 @@ def _file_rows(file: Path, size: int | None = None) -> list[dict[str, Any]]:
     except ValueError as error:
         error.add_note(f"plot: {file} is not what lt.log(folder) writes, one JSON object a line.")
         raise
-    return [row for row in rows if row.get("kind") in ("pass", "iterations")]
+    known = [row for row in rows if isinstance(row, dict) and row.get("kind") in ("pass", "iterations")]
+    for row in known:
+        missing = [key for key in ("phase", "epoch", "index", "iteration", "seconds") if key not in row]
+        if missing:
+            raise ValueError(f"plot: a row of {file} has no {missing[0]!r}, which lt.log(folder) writes: {row!r:.80}.")
+    return known
 
 
 def _done(row: Mapping[str, Any]) -> int:

@@ -73,7 +73,7 @@ POLICIES: dict[str, Callable[[dict[str, Any], str], Any]] = {
     "step": _step,
     "exp": lambda config, option: lt.schedules.exponential(config["gamma"]),
     "inv": lambda config, option: lt.schedules.inverse(config["gamma"], config.get("power", 1.0)),
-    "poly": lambda config, option: lt.schedules.poly(config.get("power", 1.0), config.get("min_lr", 0.0)),
+    "poly": lambda config, option: lt.schedules.poly(config.get("power", 1.0), end=config.get("min_lr", 0.0)),
     "CosineAnnealing": _annealing(lambda config, **ends: lt.schedules.cosine(**ends)),
     "LinearAnnealing": _annealing(lambda config, **ends: lt.schedules.linear(**ends)),
     "FlatCosineAnnealing": _annealing(

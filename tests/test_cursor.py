@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import attrs
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import looptools as lt
 
@@ -82,6 +85,7 @@ def test_one_next_is_one_iteration(batches, known):
 @pytest.mark.parametrize("known", [True, False], ids=["len", "no-len"])
 @pytest.mark.parametrize("kept", list(itertools.product([True, False], repeat=3)), ids=str)
 @pytest.mark.parametrize("scope", ["phase", "run"])
+@pytest.mark.filterwarnings("ignore:train. every state of this pass was dropped:UserWarning")
 def test_a_part_that_drops_states_is_given_the_next(batches, known, kept, scope):
     """Any of three batches dropped, in two passes: the others come, means leave them out, passes end."""
     pipe = phase(batches if known else lambda: iter(batches))
@@ -307,3 +311,37 @@ def test_parts_that_read_results_belong_onto_the_run(batches, part):
     """In a phase they would come before `average`, and show the pass before."""
     with pytest.raises(TypeError, match=r"pipe it onto the run, not onto a phase: lt.workflow\(...\) \| lt\."):
         next(lt.workflow([(phase(batches) | part, 1)], max_epochs=1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sets(st.tuples(st.integers(0, 1), st.integers(0, 2))), min_size=4, max_size=4), st.booleans())
+def test_any_number_of_parts_may_drop(drops, known):
+    """Two on the phase and two on the run, each with states of its own to drop: the rest comes, each pass ends once."""
+
+    def dropping(which):
+        def part(states):
+            for state in states:
+                if (state.epoch, state.index) not in which:
+                    yield state
+
+        return part
+
+    ends = []
+
+    def watch(states):
+        for state in states:
+            if state.last:
+                ends.append(state.epoch)
+            yield state
+
+    batches = [torch.ones(1)] * 3
+    pipe = phase(batches if known else lambda: iter(batches)) | dropping(drops[0]) | dropping(drops[1])
+    run = lt.workflow([(pipe, 1)], max_epochs=2) | dropping(drops[2]) | dropping(drops[3]) | watch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = [(state.epoch, state.index) for state in run]
+
+    assert seen == [(e, i) for e in range(2) for i in range(3) if not any((e, i) in which for which in drops)]
+    assert ends == [0, 1]
+    assert run.ended == "finished: 2 epochs, 6 iterations"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -305,6 +306,38 @@ def test_bad_options_are_refused(run, options, message):
         lt.plot(run, **options)
 
 
+def test_a_metric_of_one_phase(run):
+    """Its name is that in run.results; a metric with a slash of its own is drawn as it is."""
+    results = run.to_end()
+
+    figure = lt.plot(run, ["val/accuracy", "accuracy"])
+
+    assert titles(figure) == ["val/accuracy", "accuracy"]
+    (val,) = lines(figure)
+    assert val[-1] == (9, results["val/accuracy"])
+    assert len(lines(figure, 1)) == 2
+    with pytest.raises(LookupError, match=r"plot: nobody has written 'test/accuracy'; known are"):
+        lt.plot(run, "test/accuracy")
+
+
+def test_an_empty_list_of_metrics(run):
+    """It is no way to ask for all."""
+    run.to_end()
+
+    with pytest.raises(ValueError, match="plot: metrics is an empty list. Leave it out"):
+        lt.plot(run, [])
+
+
+def test_a_figure_can_be_pickled(run):
+    """Its class is found again by name; also with a logarithmic axis."""
+    run.to_end()
+
+    figure = pickle.loads(pickle.dumps(lt.plot(run, log_scale=True)))
+
+    assert (type(figure).__name__, titles(figure)) == ("Figure", ["loss", "accuracy"])
+    assert figure._repr_png_()[1:4] == b"PNG"
+
+
 def test_without_matplotlib_the_extra_is_named(run, monkeypatch):
     """It is optional."""
     run.to_end()
@@ -321,3 +354,35 @@ def test_epochs_go_on_behind_the_last_that_is_known():
     ends = [(0.0, 0.0), (10.0, 1.0), (30.0, 2.0)]
 
     assert [trainings._epoch(done, ends) for done in (0, 5, 10, 20, 40)] == [0, 0.5, 1, 1.5, 2.5]
+
+
+def test_a_validation_before_training_stands_at_0_in_a_folder_too(tmp_path):
+    """Where the rows say how much was trained by then; its own iteration is that of the first one to come."""
+    rows = [row(phase="val", iteration=0, index=0, trained=0, loss=2.0), row(index=2, trained=3, loss=1.0)]
+    rows.append(row(phase="val", iteration=2, index=0, trained=3, loss=0.5))
+    write(tmp_path, *rows)
+
+    train, val = lines(lt.plot(tmp_path))
+    assert ([x for x, _ in train], [x for x, _ in val]) == ([3], [0, 3])
+    assert [x for x, _ in lines(lt.plot(tmp_path, x="epoch"))[1]] == [0, 1]
+    assert titles(lt.plot(tmp_path)) == ["loss"]
+
+
+def test_a_row_that_log_has_not_written_is_named(tmp_path):
+    """What is missing, and what the row is."""
+    (tmp_path / "log.jsonl").write_text('{"kind": "pass", "phase": "val", "loss": 1.0}\n')
+
+    with pytest.raises(ValueError, match=r"plot: a row of .*log.jsonl has no 'epoch', which lt.log"):
+        lt.plot(tmp_path)
+
+
+def test_rows_behind_a_runs_own_are_not_drawn_as_its(model, sgd, batches, tmp_path):
+    """The file may hold what another process wrote since; a run shows as much as it has written."""
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(tmp_path, every=1, line=None, tensorboard=False)
+    run.to_end()
+    rows = (tmp_path / "log.jsonl").read_text()
+    stray = rows.splitlines()[0].replace('"iteration": 0', '"iteration": 90').replace('"trained": 1', '"trained": 91')
+    (tmp_path / "log.jsonl").write_text(rows + stray + "\n")
+
+    assert max(x for line in lt.plot(run).axes[0].lines for x in line.get_xdata()) < 90

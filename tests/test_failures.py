@@ -245,3 +245,70 @@ def test_failed_says_where():
 
     assert repr(failed) == "Failed(part='train/forward', iteration=3, epoch=0, exception=ValueError('no'))"
     assert advise(failed) == "The batch: NoneType."
+
+
+class Odd:
+    """A batch that raises whatever is asked of it."""
+
+    dtype = torch.float32
+
+    @property
+    def shape(self):
+        raise RuntimeError("lost")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        Odd,
+        lambda: {"x": Odd()},
+        lambda: dict.fromkeys(range(300), 0),
+    ],
+    ids=["nested", "odd", "within", "large"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_batch_that_cannot_be_described_never_hides_the_error(model, make):
+    """The user's own exception comes out, with a short note or none."""
+
+    def step(model, batch):
+        raise KeyError("user")
+
+    with pytest.raises(KeyError, match="user") as caught:
+        next(iter(lt.train(model, [make()], step)))
+
+    assert any("looptools: train/forward" in note for note in caught.value.__notes__)
+    assert max(map(len, caught.value.__notes__)) < 400
+
+
+@pytest.mark.parametrize(
+    ("fail", "said", "unsaid"),
+    [
+        ("batches", "next(run) asks the source again", "retry"),
+        ("workflow", "next(run) calls it again", "retry"),
+        ("forward", "run.retry() redoes the iteration", "asks the source"),
+        ("committed", "next(run) goes on there, run.skip() drops it", "retry"),
+    ],
+)
+def test_the_last_note_names_the_verbs_that_help_there(model, sgd, batches, fail, said, unsaid):
+    """None that would be refused."""
+
+    def raises(*_):
+        raise ValueError("planted")
+
+    def late(states):
+        for state in states:
+            raise ValueError("planted")
+            yield state
+
+    source = (raises(batch) for batch in batches) if fail == "batches" else batches
+    step = raises if fail == "forward" else lambda model, batch: model(batch)
+    phase = lt.train(model, source, step) | lt.optimize(sgd)
+    phase = phase | late if fail == "committed" else phase
+    entries = [(raises, 1), (phase, 1)] if fail == "workflow" else [(phase, 1)]
+
+    with pytest.raises(ValueError, match="planted") as caught:
+        next(lt.workflow(entries, max_epochs=1))
+
+    assert said in caught.value.__notes__[-1]
+    assert unsaid not in caught.value.__notes__[-1]

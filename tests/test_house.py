@@ -35,6 +35,7 @@ ROOMS = [
     ("scaling.py", "weighing.py"),
     ("gradients.py",),
     ("figures.py", "options.py", "modes.py", "devices.py", "generators.py", "interrupts.py", "checks.py"),
+    ("warn.py",),
     ("state.py", "html.py", "means.py"),
 ]
 UPWARD = {("phases.py", "run.py"): "a phase that is iterated alone is a run of one pass"}

@@ -138,3 +138,34 @@ def test_a_target_that_nobody_writes_is_found_after_the_first_round():
         run.to_end()
     with pytest.raises(RuntimeError, match="target: these states belong to no run"):
         lt.target("val/x", at_most=1.0)(lt.State(phase="val", last=True))
+
+
+def test_samples_of_a_dropped_state_fill_no_multiple():
+    """As it counts none."""
+    due = []
+
+    def drops(states):
+        for state in states:
+            if state.index != 1:
+                yield state
+
+    def watch(states):
+        for state in states:
+            due.append((state.dropped, lt.samples(2)(state)))
+            yield state
+
+    phase = lt.train(None, [torch.ones(1)] * 2, lambda model, batch: {"x": batch.sum()}) | drops
+    (lt.workflow([(phase, 1)], max_epochs=2) | watch).to_end()
+
+    assert due == [(False, False), (True, False), (False, True), (True, False)]
+
+
+def test_a_phase_that_the_workflow_does_not_know_has_a_round_more():
+    """The loop's body may validate it; a misspelt one is told after the second round."""
+    val = lt.validate(None, [1.0], lambda model, batch: {"x": batch})
+    run = lt.workflow([(val, 1)], max_rounds=4) | lt.stop_after(lt.target("vall/x", at_least=1.0))
+    next(run)
+
+    with pytest.raises(LookupError, match=r'target: no part writes "vall/x"; .* mean \'val/x\''):
+        run.to_end()
+    assert run.progress.round == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -30,11 +31,25 @@ def clip(p, max_norm=1.0):
     return lt.clip_grad_norm(p.model.parameters(), max_norm)
 
 
+def scaler():
+    return torch.amp.GradScaler("cpu")
+
+
+def copied(p):
+    """Another optimizer of the same weights."""
+    return torch.optim.SGD(p.model.parameters(), lr=1.0)
+
+
+def guarded(p):
+    return lt.chain(lt.backward(p.sgd), lt.nan_guard(), lt.update(p.sgd))
+
+
 @pytest.fixture
 def p(model, sgd, batches):
-    """p.model, p.sgd, p.train, p.val."""
+    """p.model, p.sgd, p.train, p.more, p.val."""
     train, val = lt.train(model, batches, square), lt.validate(model, batches, square)
-    return SimpleNamespace(model=model, sgd=sgd, train=train, val=val, optimize=lt.optimize(sgd))
+    more = lt.train(model, batches, square, name="more")
+    return SimpleNamespace(model=model, sgd=sgd, train=train, more=more, val=val, optimize=lt.optimize(sgd))
 
 
 def build(pipe):
@@ -116,6 +131,59 @@ REFUSED = {
         lambda p: lt.workflow([(p.val, 1)], max_rounds=1) | lt.checkpoint(p.folder) | lt.checkpoint(p.folder, keep=1),
         "checkpoint: run/checkpoint and run/checkpoint#2 write into the same folder, .* a folder of its own",
     ),
+    "watch before backward": (
+        lambda p: p.train | lt.watch(p.model) | p.optimize,
+        r"watch: it stands before backward, where gradients are those of the .* \| lt.watch\(model\) \| lt.update",
+    ),
+    "watch before a closure": (
+        lambda p: p.train | lt.watch(p.model) | lt.update_by_closure(p.sgd),
+        "watch: it stands before update_by_closure",
+    ),
+    "unused_params before backward": (
+        lambda p: p.train | lt.unused_params(p.model) | p.optimize,
+        r"unused_params: it stands before backward, .* \| lt.unused_params\(model\) \| lt.update",
+    ),
+    "guard behind update": (
+        lambda p: p.train | p.optimize | lt.nan_guard(),
+        "nan_guard: it stands behind update, where the weights have moved already",
+    ),
+    "a scaler on backward only": (
+        lambda p: p.train | lt.backward(p.sgd, scaler=scaler()) | lt.update(p.sgd),
+        r"update: train/backward and train/update share an optimizer, but only train/backward has a scaler. Give both "
+        r"the same: lt.optimize\(optimizer, scaler=scaler\)",
+    ),
+    "a scaler on update only": (
+        lambda p: p.train | lt.backward(p.sgd) | clip(p) | lt.update(p.sgd, scaler=scaler()),
+        "update: train/backward and train/update share an optimizer, but only train/update has a scaler",
+    ),
+    "two scalers": (
+        lambda p: p.train | lt.backward(p.sgd, scaler=scaler()) | lt.update(p.sgd, scaler=scaler()),
+        "update: train/backward and train/update have two scalers",
+    ),
+    "schedule without updates": (
+        lambda p: p.train | cosine(p),
+        r'schedule_lr: train/schedule_lr counts updates \(by="update"\), but no part .* by hand, give by="iteration"',
+    ),
+    "warm-up by epoch without updates": (
+        lambda p: p.train | lt.schedule_lr(p.sgd, lt.schedules.cosine(), warmup=2, by="epoch"),
+        r'schedule_lr: train/schedule_lr counts updates \(by="epoch"\)',
+    ),
+    "torch's scheduler without updates": (
+        lambda p: p.train | lt.schedule_lr(p.sgd, torch.optim.lr_scheduler.StepLR(p.sgd, 1)),
+        "schedule_lr: train/schedule_lr counts updates",
+    ),
+    "schedule of an optimizer that nobody moves": (
+        lambda p: p.train | lt.schedule_lr(copied(p), lt.schedules.cosine()) | p.optimize,
+        "schedule_lr: train/schedule_lr counts updates",
+    ),
+    "ema without updates": (
+        lambda p: p.train | lt.ema(AveragedModel(p.model)),
+        r'ema: train/ema counts updates \(by="update"\), but no part of the pipe makes any',
+    ),
+    "ema on a run without updates": (
+        lambda p: lt.workflow([(p.train, 1), (p.val, 1)], max_epochs=1) | lt.ema(AveragedModel(p.model)),
+        "ema: run/ema counts updates",
+    ),
     "optimize in a validation": (
         lambda p: p.val | p.optimize,
         r"backward: val is a validation phase, which has no gradients.* lt.train\(...\) \| lt.optimize\(optimizer\)",
@@ -139,6 +207,37 @@ SOUND = {
     "own part before update": lambda p: p.train | own | lt.update(p.sgd) | lt.backward(p.sgd),
     "own part in a validation": lambda p: p.val | own | p.optimize,
     "own part twice": lambda p: p.train | own | own | p.optimize,
+    "own part before watch": lambda p: (
+        p.train | own | lt.watch(p.model) | lt.unused_params(p.model) | lt.forward(square) | p.optimize
+    ),
+    "watch that sees weights only": lambda p: p.train | lt.watch(p.model, gradients=False) | p.optimize,
+    "own part before guard": lambda p: p.train | p.optimize | own | lt.nan_guard() | p.optimize,
+    "guard behind another backward": lambda p: p.train | p.optimize | lt.forward(square) | guarded(p),
+    "own part before ema": lambda p: p.train | own | lt.ema(AveragedModel(p.model)) | p.optimize,
+    "own part between scalers": lambda p: p.train | lt.backward(p.sgd, scaler=scaler()) | own | lt.update(p.sgd),
+    "clip between two updates": lambda p: (
+        p.train | p.optimize | lt.forward(square) | lt.backward(p.sgd) | clip(p) | lt.update(p.sgd)
+    ),
+    "timer on the phase and on the run": lambda p: (
+        lt.workflow([(p.train | p.optimize | lt.timer(), 1)], max_epochs=1) | lt.timer()
+    ),
+    "a scaler on both": lambda p: p.train | lt.optimize(p.sgd, max_norm=1.0, scaler=scaler()),
+    "counted by iteration": lambda p: (
+        p.train
+        | lt.schedule_lr(p.sgd, lt.schedules.cosine(), warmup=2, by="iteration")
+        | lt.ema(AveragedModel(p.model), by="iteration")
+    ),
+    "counted by epoch": lambda p: p.train | lt.schedule_lr(p.sgd, lt.schedules.cosine(), by="epoch"),
+    "plateau without updates": lambda p: lt.workflow(
+        [(p.train | lt.schedule_lr(p.sgd, lt.schedules.plateau(lt.lowest("val/loss"))), 1), (p.val, 1)],
+        max_epochs=1,
+    ),
+    "update in another phase": lambda p: lt.workflow(
+        [(p.train | cosine(p), 1), (p.more | p.optimize, 1)], max_epochs=1
+    ),
+    "ema on a run with an update in one phase": lambda p: (
+        lt.workflow([(p.train, 1), (p.more | p.optimize, 1)], max_epochs=1) | lt.ema(AveragedModel(p.model))
+    ),
     "torch's scheduler behind": lambda p: (
         p.train | p.optimize | lt.schedule_lr(p.sgd, torch.optim.lr_scheduler.StepLR(p.sgd, 1))
     ),
@@ -267,6 +366,54 @@ def test_every_rule_is_tried_here(p, tmp_path):
     assert seen == set(order.RULES)
 
 
+@pytest.mark.parametrize("part", ["schedule_lr", "ema"])
+def test_a_part_of_ones_own_may_count_updates(p, part):
+    """It is said as a doubt then, once, also of a part of the run."""
+    parts = {"schedule_lr": cosine(p), "ema": lt.ema(AveragedModel(p.model))}
+
+    for pipe in (
+        p.train | own | parts[part],
+        lt.workflow([(p.train | own, 1), (p.more, 1)], max_epochs=1) | parts[part],
+    ):
+        with pytest.warns(UserWarning, match=f"{part}: .* counts updates") as told:
+            build(pipe)
+        assert len(told) == 1
+
+
+def test_an_optimizer_of_another_phases_model_is_doubted(p, batches):
+    """A copy of the model that is trained, perhaps; where its own is trained as well, that is meant."""
+    other = type(p.model)()
+    sgd = torch.optim.SGD(other.parameters(), lr=1.0)
+    val = lt.validate(other, batches, square)
+
+    with pytest.warns(
+        UserWarning, match="update: the optimizer of train/update holds no parameter of train's model, but"
+    ):
+        build(lt.workflow([(p.train | lt.optimize(sgd), 1), (val, 1)], max_epochs=1))
+    build(lt.workflow([(p.train | p.optimize | lt.forward(square) | lt.optimize(sgd), 1), (val, 1)], max_epochs=1))
+
+
+def test_folders_are_the_same_however_they_are_spelt(p, tmp_path, monkeypatch):
+    """Also as a relative path."""
+    monkeypatch.chdir(tmp_path)
+    run = lt.workflow([(p.val, 1)], max_rounds=1) | lt.log("here", line=None)
+
+    with pytest.raises(ValueError, match="log: run/log and run/log#2 write into the same folder, here"):
+        build(run | lt.log(tmp_path / "there" / ".." / "here", line=None))
+
+
+def test_a_cell_that_ran_twice_is_suspected_of_phases_only(p):
+    """Parts of the run were piped on together with it."""
+    again = "If a cell with `phase = phase | ...` ran twice"
+    with pytest.raises(ValueError, match="update twice|same gradients") as of_phase:
+        build(p.train | p.optimize | lt.update(p.sgd))
+    with pytest.raises(ValueError, match="same gradients") as of_run:
+        build(lt.workflow([(p.train | p.optimize, 1)], max_epochs=1) | lt.update(p.sgd))
+
+    assert again in str(of_phase.value)
+    assert again not in str(of_run.value)
+
+
 def test_a_refused_run_is_not_built(p):
     """After the error the run can still be piped onto, and mended."""
     run = lt.workflow([(p.train | p.optimize, 1)], max_epochs=1) | clip(p)
@@ -275,3 +422,25 @@ def test_a_refused_run_is_not_built(p):
 
     assert "not begun" in repr(run)
     run | own
+
+
+def test_a_timer_behind_the_log_is_doubted(model, sgd, batches):
+    """Its numbers would be in no row."""
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(line=None)
+
+    with pytest.warns(UserWarning, match="timer: run/timer stands behind run/log, whose rows do not show it"):
+        next(run | lt.timer())
+    next(lt.workflow([(phase, 1)], max_epochs=1) | lt.timer() | lt.log(line=None))
+
+
+def test_the_same_doubt_is_said_of_each_run(model, sgd, batches):
+    """Python shows a warning once a line; a second run of the process has made the same mistake anew."""
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            next(lt.workflow([(phase, 1)], max_epochs=1) | lt.log(line=None) | lt.timer())
+
+    assert [warning.filename for warning in caught] == [__file__] * 2

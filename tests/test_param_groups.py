@@ -93,13 +93,36 @@ def test_multipliers_by_name():
 def test_the_longest_key_wins_and_of_equals_the_first_in_the_alphabet():
     """As mmcv's custom_keys, whatever the order in which they are given."""
     model = nn.ModuleDict({"ab": nn.Linear(1, 1, bias=False), "ba": nn.Linear(1, 1, bias=False)})
-    factors = {"weight": 2.0, "b.we": 3.0, "a.we": 4.0, "ab.weight": 5.0}
+    factors = {"weight": 2.0, "ab": 3.0, "ba": 4.0, "ab.weight": 5.0}
 
     for order in (factors, dict(reversed(factors.items()))):
         groups = lt.param_groups(model, lr=1.0, lr_multipliers=order)
         assert names(model, groups) == {"ab.weight": ["ab.weight"], "weight": ["ba.weight"]}
-    pair = nn.ModuleDict({"xy": nn.Linear(1, 1, bias=False)})
+    pair = nn.ModuleDict({"y": nn.ModuleDict({"x": nn.Linear(1, 1, bias=False)})})
     assert lt.param_groups(pair, lr=1.0, lr_multipliers={"y": 2.0, "x": 3.0})[0]["lr"] == 3.0
+
+
+def test_a_key_is_whole_pieces_of_a_name():
+    """Layer 2 is not layer 12, wherever it stands; a dot at the end says the same."""
+    model = nn.ModuleDict({"module": nn.ModuleDict({key: nn.Linear(1, 1, bias=False) for key in ("2", "12", "2x")})})
+
+    for key in ("2", "2.", "module.2"):
+        groups = lt.param_groups(model, lr=1.0, lr_multipliers={key: 0.5})
+        assert names(model, groups) == {
+            "default": ["module.12.weight", "module.2x.weight"],
+            key: ["module.2.weight"],
+        }
+    with pytest.raises(ValueError, match="no parameter is found by 'modul', in whole pieces between dots"):
+        lt.param_groups(model, lr=1.0, lr_multipliers={"modul": 0.5})
+
+
+def test_a_module_that_is_registered_twice_counts_with_both_names():
+    """Its parameters appear once; rules that tell the names apart are refused."""
+    model = nn.Sequential(*[nn.Linear(1, 1, bias=False)] * 2)
+
+    assert names(model, lt.param_groups(model)) == {"default": ["0.weight"]}
+    with pytest.raises(ValueError, match="0.weight and 1.weight are one shared parameter"):
+        lt.param_groups(model, lr=1.0, lr_multipliers={"1": 0.1})
 
 
 def test_keys_with_the_same_factor_share_a_group():
@@ -204,18 +227,19 @@ def test_every_optimizer_that_decays_takes_them(cls):
 @given(
     make=st.sampled_from(ZOO),
     words=st.lists(st.sampled_from(["bias", "norm"]), unique=True),
-    letters=st.dictionaries(
-        st.sampled_from(["a", "e", "i", "ht", "we", "bias"]), st.sampled_from([0.0, 0.1, 1.0, 2.0])
+    factors=st.dictionaries(
+        st.sampled_from(["backbone", "2", "2.weight", "head", "weight", "bias"]), st.sampled_from([0.0, 0.1, 1.0, 2.0])
     ),
-    decayed=st.dictionaries(st.sampled_from(["a", "i"]), st.sampled_from([0.0, 1.0, 3.0])),
+    decayed=st.dictionaries(st.sampled_from(["bias", "2"]), st.sampled_from([0.0, 1.0, 3.0])),
 )
-def test_each_parameter_appears_exactly_once(make, words, letters, decayed):
+def test_each_parameter_appears_exactly_once(make, words, factors, decayed):
     """Whatever the rules; and no two groups have the same options or the same name."""
     model = make()
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    letters, decayed = ({k: v for k, v in f.items() if any(k in n for n in names)} for f in (letters, decayed))
+    there = [f".{name}." for name in names]
+    factors, decayed = ({k: f[k] for k in f if any(f".{k}." in n for n in there)} for f in (factors, decayed))
     groups = lt.param_groups(
-        model, lr=0.1, weight_decay=0.1, no_decay_on=words, lr_multipliers=letters, decay_multipliers=decayed
+        model, lr=0.1, weight_decay=0.1, no_decay_on=words, lr_multipliers=factors, decay_multipliers=decayed
     )
 
     ids = [id(parameter) for group in groups for parameter in group["params"]]
@@ -250,7 +274,8 @@ def test_the_options_are_in_force_in_a_run(model, batches):
         (
             {"lr": 1.0, "lr_multipliers": {"backbon.": 0.1}},
             ValueError,
-            r"lr_multipliers: no parameter is found by 'backbon.'. The children of ModuleDict are backbone, head; its "
+            r"lr_multipliers: no parameter is found by 'backbon.', in whole pieces between dots. The children of "
+            r"ModuleDict are backbone, head; its "
             r"parameters backbone.0.weight, .* and 2 more",
         ),
         ({"no_decay_on": ("embedding",)}, ValueError, "no_decay_on: no parameter is found by 'embedding'"),

@@ -370,3 +370,16 @@ def test_results_can_be_pickled_and_copied(batches):
 
     assert pickle.loads(pickle.dumps(results)) == copy.deepcopy(results) == {"t/loss": 1.0}
     assert type(copy.copy(results)) is dict
+
+
+def test_an_entry_may_count_epochs(model, sgd, batches):
+    """(train, lt.epochs(2)) is (train, 2)."""
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+
+    assert [state.epoch for state in lt.workflow([(phase, lt.epochs(2))], max_rounds=1)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_function_in_the_models_place_is_refused(model, batches):
+    """The order is (model, source, step)."""
+    with pytest.raises(TypeError, match=r"the step is a Weight, a module. The order is train\(model, source, step\)"):
+        lt.train(lambda model, batch: 0, batches, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -171,6 +172,135 @@ def test_each_optimizer_has_its_own_scaler_or_no_window():
 
     with pytest.raises(ValueError, match="backward: a GradScaler that several backwards share"):
         next(iter(train))
+
+
+def infinite(step, planted):
+    """The same step, whose loss is infinite in these iterations."""
+    return lambda gan, batch, state: {
+        "loss": step(gan, batch)["loss"] * (math.inf if state.iteration in planted else 1)
+    }
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["each updates at once", "both losses before both updates"])
+def test_a_shared_scaler_changes_its_scale_once_an_iteration(late):
+    """torch's recipe, with planted infinities for D, for G and for both: weights, moves and every scale."""
+    for_d, for_g = {1, 4, 8}, {2, 8}
+
+    gan, opt_d, opt_g, loader = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    halves = [(opt_d, gan["D"], d_step, for_d), (opt_g, gan["G"], g_step, for_g)]
+    expected = []
+    gan.train()
+    for iteration, batch in enumerate(itertools.chain.from_iterable(loader for _ in range(2))):
+        for optimizer, own, step, planted in halves:
+            optimizer.zero_grad()
+            loss = step(gan, batch)["loss"] * (math.inf if iteration in planted else 1)
+            scaler.scale(loss).backward(inputs=list(own.parameters()))
+            scaler.unscale_(optimizer)
+            if not late:
+                scaler.step(optimizer)
+        for optimizer in (opt_d, opt_g) if late else ():
+            scaler.step(optimizer)
+        scaler.update()
+        expected.append(scaler.get_scale())
+    weights = gan.state_dict()
+
+    gan, opt_d, opt_g, loader = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+    fill_d, fill_g = lt.backward(opt_d, scaler=scaler), lt.backward(opt_g, scaler=scaler)
+    move_d, move_g = lt.update(opt_d, scaler=scaler), lt.update(opt_g, scaler=scaler)
+    second = lt.forward(infinite(g_step, for_g))
+    train = lt.train(gan, loader, infinite(d_step, for_d)) | fill_d
+    train = train | second | fill_g | move_d | move_g if late else train | move_d | second | fill_g | move_g
+    run = lt.workflow([(train, 1)], max_epochs=2)
+    scales = [scaler.get_scale() for _ in run]
+
+    assert scales == expected
+    assert len(set(scales)) > 3
+    assert_same(gan.state_dict(), weights)
+    assert [run.progress.updates[optimizer] for optimizer in (opt_d, opt_g)] == [9, 10]
+
+
+@pytest.mark.parametrize("shared", [True, False, None], ids=["one scaler", "two scalers", "none"])
+def test_both_losses_before_both_updates(shared):
+    """Each optimizer by its own window and its own scaler: what D skips, G makes."""
+    weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
+    opt_d, opt_g = (torch.optim.SGD([weight], lr=1.0) for weight in weights)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0) for _ in range(2)] if shared is not None else [None, None]
+    first, second = scalers[:1] * 2 if shared else scalers
+    d_loss = lambda model, batch, state: weights[0] * (math.inf if state.iteration == 2 and first else 1)  # noqa: E731
+    train = lt.train(nn.ParameterList(weights), [1] * 6, d_loss) | lt.backward(opt_d, scaler=first)
+    train = train | lt.forward(lambda model, batch: weights[1] * 1) | lt.backward(opt_g, scaler=second)
+    run = lt.workflow([(train | lt.update(opt_d, scaler=first) | lt.update(opt_g, scaler=second), 1)], max_epochs=1)
+
+    assert all(state.updates for state in run)
+    assert [weight.item() for weight in weights] == [-5.0 if first else -6.0, -6.0]
+    assert [run.progress.updates[optimizer] for optimizer in (opt_d, opt_g)] == [5 if first else 6, 6]
+    assert first is None or [first.get_scale(), second.get_scale()] == [2.0, 2.0 if shared else 4.0]
+
+
+@pytest.mark.parametrize("lengths", [(1, 3), (3, 1)])
+def test_both_losses_before_both_updates_with_windows_of_their_own(lengths):
+    """D moves six times and G twice, or the other way round; nobody clips or moves what is in an open window."""
+    weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in weights]
+    train = lt.train(nn.ParameterList(weights), [1.0] * 6, lambda model, batch: weights[0] * 2)
+    train = train | lt.backward(optimizers[0], accumulate=lengths[0])
+    train = train | lt.forward(lambda model, batch: weights[0].detach() + weights[1] * 2)
+    train = train | lt.backward(optimizers[1], accumulate=lengths[1])
+    for weight in weights:
+        train = train | lt.clip_grad_norm([weight], 0.5) | lt.clip_grad_value([weight], 0.5)
+    run = lt.workflow([(train | lt.update(optimizers[0]) | lt.update(optimizers[1]), 1)], max_epochs=1)
+    waiting = weights[lengths.index(3)]
+
+    grads = [waiting.grad.item() for _ in run]
+
+    assert [run.progress.updates[optimizer] for optimizer in optimizers] == [6 // length for length in lengths]
+    assert grads == pytest.approx([2 / 3, 4 / 3, 0.5] * 2, abs=1e-6)
+    assert [weight.item() for weight in weights] == pytest.approx([-0.5 * 6 / length for length in lengths], abs=1e-5)
+
+
+def test_the_second_loss_does_not_leak_into_the_first_ones_waiting_gradients():
+    """G's loss goes through D's weight, whose update is still to come."""
+    weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
+    opt_d, opt_g = (torch.optim.SGD([weight], lr=1.0) for weight in weights)
+    train = lt.train(nn.ParameterList(weights), [1], lambda model, batch: weights[0] * 1) | lt.backward(opt_d)
+    train = train | lt.forward(lambda model, batch: 10 * weights[0] + weights[1]) | lt.backward(opt_g)
+    (train | lt.update(opt_d) | lt.update(opt_g)).to_end()
+
+    assert [weight.item() for weight in weights] == [-1, -1]
+
+
+def test_a_user_that_calls_off_one_update_does_not_call_off_the_next():
+    """`state.updates = False` between D's backward and its update is D's affair; G's window is open meanwhile."""
+    weights = [nn.Parameter(torch.zeros(())) for _ in range(2)]
+    opt_d, opt_g = (torch.optim.SGD([weight], lr=1.0) for weight in weights)
+
+    def call_off(states):
+        for state in states:
+            state.updates = False
+            yield state
+
+    train = lt.train(nn.ParameterList(weights), [1] * 4, lambda model, batch: weights[0] * 1)
+    train = train | lt.backward(opt_d) | call_off | lt.update(opt_d)
+    train = train | lt.forward(lambda model, batch: weights[1] * 1) | lt.optimize(opt_g, accumulate=2)
+    run = lt.workflow([(train, 1)], max_epochs=1)
+
+    assert [state.updates for state in run] == [False, True] * 2
+    assert [weight.item() for weight in weights] == [0.0, -2.0]
+
+
+def test_one_optimizer_with_two_losses_and_a_scaler():
+    """Stepped twice an iteration: the scale changes in between, or torch's scaler would refuse."""
+    weight = nn.Parameter(torch.zeros(()))
+    sgd = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+    step = lambda model, batch: weight * 1  # noqa: E731
+    train = lt.train(nn.ParameterList([weight]), [1] * 3, step) | lt.optimize(sgd, scaler=scaler)
+    run = lt.workflow([(train | lt.forward(step) | lt.optimize(sgd, scaler=scaler), 1)], max_epochs=1)
+
+    assert [scaler.get_scale() for _ in run] == [4.0, 8.0, 16.0]
+    assert weight.item() == -6.0
 
 
 @pytest.mark.parametrize("before", ["D.update", "G.update"])

@@ -42,7 +42,7 @@ def test_any_iterable_or_a_function_that_makes_one(source):
 
 def test_a_generator_is_spent_after_one_pass():
     """An error on the second, not an empty epoch."""
-    run = run_of(n for n in (1, 2, 3))
+    run = run_of((n for n in (1, 2, 3)), max_epochs=2, max_iterations=9)  # how many passes it takes, nobody knows
     list(run.take(3))
 
     with pytest.raises(

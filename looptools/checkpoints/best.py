@@ -51,7 +51,7 @@ def stems(criteria: Iterable[highest]) -> dict[str, str]:
 
 
 def take(run: Run, criterion: highest, folder: Path, stem: str) -> Taken | None:
-    """What is to be kept if the pass that ends here is among the best so far; it is then noted in ``run.best``.
+    """What is to be kept if the pass that ends here is among the best so far.
 
     Ties keep the older one.
 
@@ -76,7 +76,6 @@ def take(run: Run, criterion: highest, folder: Path, stem: str) -> Taken | None:
         facts["top"] = top
     if not files:
         return None
-    run.best = {**run.best, metric: facts}
     return Taken(metric, _model_of(run, metric.partition("/")[0]), facts, files)
 
 

@@ -36,18 +36,24 @@ def require_folder(folder: Path, part: str) -> None:
         raise
 
 
-def require_own(folder: Path, resumed_from: Path | None) -> None:
-    """Refuse a *folder* with checkpoints of a run that did not resume from it.
+def require_own(folder: Path, resumed_from: Path | None, who: str = "checkpoint") -> None:
+    """Refuse a *folder* with checkpoints of another run than the one that *resumed_from* belongs to.
 
     Raises:
         FileExistsError: If it is so.
     """
-    entries = read_manifest(folder).checkpoints
-    if entries and (resumed_from is None or resumed_from.resolve().parent != folder.resolve()):
-        raise FileExistsError(
-            f"checkpoint: {folder} holds the checkpoints of another run, the newest of epoch {entries[-1]['epoch']}. "
-            "Call run.resume() first to go on from it, give another folder, or delete this one."
-        )
+    manifest = read_manifest(folder)
+    if not manifest.checkpoints or (resumed_from is not None and _of_one_run(manifest, folder, resumed_from.parent)):
+        return
+    raise FileExistsError(
+        f"{who}: {folder} holds the checkpoints of another run, the newest of epoch "
+        f"{manifest.checkpoints[-1]['epoch']}. Call run.resume() first to go on from it, give another folder, or "
+        "delete this one."
+    )
+
+
+def _of_one_run(manifest: Manifest, folder: Path, other: Path) -> bool:
+    return folder.resolve() == other.resolve() or (manifest.run != "" and manifest.run == readable_manifest(other).run)
 
 
 def serialize(tree: dict[str, Any]) -> bytes:
@@ -63,8 +69,7 @@ def load(path: Path) -> Any:
     Raises:
         RuntimeError: If it is not what was written: by the manifest beside it, else by the checksums within.
     """
-    known = read_known(path)
-    wrong = damage(path, known) if known is not None else _damage_within(path)
+    wrong = damage(path, _known(path))
     if wrong:
         raise RuntimeError(f"resume: {path} is damaged: {wrong}.")
     try:
@@ -73,12 +78,9 @@ def load(path: Path) -> Any:
         raise RuntimeError(f"resume: {path} cannot be read: {error}") from error
 
 
-def read_known(path: Path) -> dict[str, Any] | None:
+def _known(path: Path) -> dict[str, Any] | None:
     """What the manifest beside a file says of it, if it does."""
-    try:
-        manifest = read_manifest(path.parent)
-    except RuntimeError:
-        return None
+    manifest = readable_manifest(path.parent)
     entries = [*manifest.checkpoints, *manifest.best]
     return next((entry for entry in reversed(entries) if entry["file"] == path.name), None)
 
@@ -135,8 +137,9 @@ def _sync_folder(folder: Path) -> None:
 
 @attrs.define
 class Manifest:
-    """What a folder holds: its checkpoints, oldest first, and the best ones of each metric, by rank."""
+    """What a folder holds: its checkpoints, oldest first, the best ones of each metric, by rank, and whose they are."""
 
+    run: str = ""  # the run's id; runs of older versions have none
     checkpoints: list[dict[str, Any]] = attrs.field(factory=list)
     best: list[dict[str, Any]] = attrs.field(factory=list)
 
@@ -156,9 +159,18 @@ def read_manifest(folder: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
         checkpoints = sorted(content["checkpoints"], key=lambda entry: entry["number"])
         best = content.get("best") or []
-        return Manifest(checkpoints, [best] if isinstance(best, dict) else best)  # there used to be one only
+        best = [best] if isinstance(best, dict) else best  # there used to be one only
+        return Manifest(content.get("run", ""), checkpoints, best)
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimeError(f"checkpoint: {path} cannot be read ({error}). Resume from a file beside it.") from error
+
+
+def readable_manifest(folder: Path) -> Manifest:
+    """The same; an empty one if it cannot be read."""
+    try:
+        return read_manifest(folder)
+    except RuntimeError:
+        return Manifest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -172,8 +184,21 @@ def describe(data: bytes) -> dict[str, int]:
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
 
-def damage(path: Path, entry: dict[str, Any]) -> str:
-    """What is wrong with the file of a manifest's entry; empty if it is sound."""
+def damage(path: Path, entry: dict[str, Any] | None) -> str:
+    """What is wrong with the file of a manifest's entry; empty if it is sound.
+
+    A best file is written over, so a process that was killed before it wrote the manifest leaves a new one beside an
+    old entry; there the checksums within have the last word, as they have without an entry.
+    """
+    if entry is None:
+        return _damage_within(path)
+    wrong = differs(path, entry)
+    is_best = "number" not in entry
+    return "" if is_best and wrong and not _damage_within(path) else wrong
+
+
+def differs(path: Path, entry: dict[str, Any]) -> str:
+    """In what a file is not that of the manifest's entry; empty if it is."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -99,6 +99,7 @@ def require_owners(cursor: Cursor) -> None:
         if shapes:
             raise ValueError(
                 f"workflow: {name} ({type(optimizer).__name__}) moves {len(shapes)} parameters that no model of the "
-                f"run holds, the first of shape {shapes[0]}; they could not be saved. Give the phase a model that has "
-                "them: torch.nn.ModuleList([model, other]), torch.nn.ParameterList([tensor])."
+                f"run holds, the first of shape {shapes[0]}; they could not be saved. Was the model made "
+                "anew since the optimizer was? Or give the phase a model that has them: torch.nn.ModuleList([model, "
+                "other]), torch.nn.ParameterList([tensor])."
             )

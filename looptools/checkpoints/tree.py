@@ -12,6 +12,7 @@ from torch import Tensor
 from ..agenda import Place
 from ..cursor import Cursor
 from ..generators import get_generators, set_generators
+from .identity import identity, resume_identity
 from .inventory import inventory
 
 if TYPE_CHECKING:
@@ -22,12 +23,13 @@ PLAIN = {str, int, float, bool, type(None), torch.Size, torch.dtype, torch.devic
 CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
 
 
-def capture(run: Run, *, border: bool) -> dict[str, Any]:
+def capture(run: Run, *, border: bool, best: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """The run's state at a boundary. Tensors are not copied.
 
     Args:
         run: The run.
         border: Whether a pass ends here.
+        best: What ``run.best`` will be once this is saved; None for what it is.
 
     Raises:
         TypeError: If something in it could not be loaded again, by name of its part and field.
@@ -40,6 +42,7 @@ def capture(run: Run, *, border: bool) -> dict[str, Any]:
     tree = {
         "format": FORMAT,
         "torch": str(torch.__version__),
+        "run": attrs.asdict(identity(cursor)),
         "border": border,
         "stopping": cursor.stopping,
         "pipe": pipe_names(cursor),
@@ -47,7 +50,7 @@ def capture(run: Run, *, border: bool) -> dict[str, Any]:
         "place": [cursor.passes.place.entry, cursor.passes.place.done],
         "results": dict(run.results),
         "history": [dict(row) for row in run.history],
-        "best": {metric: dict(best) for metric, best in run.best.items()},
+        "best": {metric: dict(facts) for metric, facts in (run.best if best is None else best).items()},
         "parts": {slot.name: memory(slot.part) for slot in cursor.slots},
         "sources": {cursor.passes.names[key]: source.state_dict() for key, source in cursor.passes.sources.items()},
         "generators": get_generators(),
@@ -68,7 +71,9 @@ def restore(run: Run, tree: dict[str, Any]) -> None:
     problems = list(differences(cursor, tree))
     if problems:
         listed = "\n".join(f"- {problem}" for problem in problems)
-        raise RuntimeError(f"resume: the checkpoint is another run's. Nothing was changed. It differs in:\n{listed}")
+        raise RuntimeError(
+            f"resume: the checkpoint does not fit this run. Nothing was changed. They differ in:\n{listed}"
+        )
     for kind, things in _stateful(cursor).items():
         for name, thing in things.items():
             thing.load_state_dict(tree[kind][name])
@@ -88,6 +93,7 @@ def restore(run: Run, tree: dict[str, Any]) -> None:
         remember(slot.part, tree["parts"][slot.name])
     for key, source in cursor.passes.sources.items():
         source.load_state_dict(tree["sources"][cursor.passes.names[key]])
+    resume_identity(cursor, tree)
     set_generators(tree["generators"])
 
 
@@ -110,7 +116,7 @@ def differences(cursor: Cursor, tree: dict[str, Any]) -> list[str]:
     """What keeps *tree* from being loaded, in words."""
     found = []
     if tree["pipe"] != pipe_names(cursor):
-        found.append(f"the pipe: saved {', '.join(tree['pipe'])}; here {', '.join(pipe_names(cursor))}")
+        found.append(f"the pipe: {_pipe_differences(tree['pipe'], pipe_names(cursor))}")
     for kind, things in _stateful(cursor).items():
         if sorted(things) != sorted(tree[kind]):
             found.append(f"{kind}: saved {', '.join(tree[kind]) or 'none'}; here {', '.join(things) or 'none'}")
@@ -124,6 +130,13 @@ def differences(cursor: Cursor, tree: dict[str, Any]) -> list[str]:
                 if here != saved:
                     found.append(f"{name}: parameters in its groups: saved {saved}; here {here}")
     return found
+
+
+def _pipe_differences(saved: list[str], here: list[str]) -> str:
+    lost, new = [name for name in saved if name not in here], [name for name in here if name not in saved]
+    both = [("in the file only ", lost), ("here only ", new)]
+    words = [word + ", ".join(names) for word, names in both if names]
+    return "; ".join(words) or f"the order: saved {', '.join(saved)}; here {', '.join(here)}"
 
 
 def _model_differences(name: str, here: dict[str, Any], saved: dict[str, Any]) -> list[str]:

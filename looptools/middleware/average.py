@@ -10,6 +10,7 @@ import attrs
 from ..checks import whole
 from ..means import FOLD_AT, Means
 from ..state import State
+from ..warn import warn
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -59,6 +60,10 @@ class average:
                 if len(means.entries) >= FOLD_AT:
                     means.fold()
                 state.committed = state.committed or "average has counted it"
+            if last and means.empty and state.dropped:
+                warn(
+                    f"{state.phase}: every state of this pass was dropped, so nothing came of it. Which part does that?"
+                )
             if last and state.run is not None:
                 state.run.record(state, means.read(state.gauges))
             yield state

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import ref
 
 import attrs
 from torch import Tensor
@@ -12,11 +12,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..checks import whole
-from ..gradients import Gradients, one_or_several, parameters_of, require_optimizers
+from ..gradients import Gradients, fill_windows, one_or_several, parameters_of, require_optimizers
 from ..pipeline import name_of
-from ..scaling import forget_dropped, unscale
+from ..scaling import forget_dropped, prepare, unscale
 from ..state import State
+from ..warn import warn
 from ..weighing import Weigh, is_weigh, weight_of
+from .update import update
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -35,6 +37,14 @@ def refuse(part: str, state: State) -> None:
 def _kinds(given: Any) -> str:
     names = [type(optimizer).__name__ for optimizer in (given if isinstance(given, tuple) else (given,))]
     return f"[{', '.join(names)}]" if isinstance(given, tuple) else names[0]
+
+
+def _waits(first: backward, parts: list[Any], second: backward) -> bool:
+    """Whether an update of the *first* one's optimizers comes only behind the *second*."""
+    numbers = {id(part): number for number, part in enumerate(parts)}
+    behind = parts[numbers[id(second)] :]
+    movers = [part for part in behind if isinstance(part, update) and part.optimizer in first.optimizers]
+    return numbers[id(first)] < numbers[id(second)] and bool(movers)
 
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
@@ -56,8 +66,8 @@ class backward:
     Several optimizers that go down one loss (one for matrices, one for the rest) share a backward, its window and its
     scaler; each has an ``update`` behind it.
 
-    In a pipe with several backwards (a GAN's) of which another one accumulates, gradients go to the parameters of this
-    one's optimizers alone, so that one loss does not leak into the other's open window.
+    In a pipe with several backwards (a GAN's) of which another one accumulates, or still waits for its update,
+    gradients go to the parameters of this one's optimizers alone: one loss does not leak into the other's gradients.
 
     Args:
         optimizer: Its gradients are zeroed; a list of optimizers that go down the same loss, no two of which hold the
@@ -101,7 +111,8 @@ class backward:
     _after: int | None = attrs.field(default=None, init=False, repr=False)  # iterations here after the pass under way
     _asked: bool = attrs.field(default=False, init=False, repr=False)  # whether that is up to date
     _only: bool = attrs.field(default=False, init=False, repr=False)  # no gradients for other optimizers' parameters
-    _closed: State | None = attrs.field(default=None, init=False, repr=False)  # the last unscaled one: was it dropped?
+    _run: Any = attrs.field(default=None, init=False, repr=False)  # a weak reference
+    _told: bool = attrs.field(default=False, init=False, repr=False)  # that a window stays open
     redo_from: ClassVar[str] = "forward"  # after a failure here the graph may be gone
 
     def __attrs_post_init__(self) -> None:
@@ -114,12 +125,12 @@ class backward:
 
     def on_build(self, run: Run) -> None:
         """Look at the other optimizers of the same pipe; also called when the run is extended."""
-        self._asked = False
+        self._asked, self._run = False, ref(run)
         for line in run.cursor.lines.values():
             parts = [slot.part for slot in line]
             if any(part is self for part in parts):
                 others = [p for p in parts if isinstance(p, backward) and not set(p.optimizers) <= set(self.optimizers)]
-                self._only = any(other.accumulate > 1 for other in others)
+                self._only = any(other.accumulate > 1 or _waits(other, parts, self) for other in others)
                 if self.accumulate > 1 and self.scaler and any(other.scaler is self.scaler for other in others):
                     raise ValueError(
                         f"backward: a GradScaler that several backwards share changes its scale while a window of "
@@ -128,7 +139,7 @@ class backward:
 
     def on_pass(self, run: Run) -> None:
         """A new pass opens a new window, or goes on with the one that is open."""
-        self._asked = False
+        self._asked = self._told = False
         for slot in run.cursor.slots:
             if isinstance(slot.part, backward) and slot.part is not self:
                 slot.part._lay_aside()
@@ -136,10 +147,9 @@ class backward:
             return
         filled, self.filled = self.filled, 0
         if filled:
-            warnings.warn(
+            warn(
                 f"backward: the gradients of the last {filled} batches made no update: the last state of their pass "
-                "was dropped before it came here.",
-                stacklevel=2,
+                "was dropped before it came here."
             )
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
@@ -157,7 +167,7 @@ class backward:
                 gradients.put_back()
             if not self.filled:
                 if self.scaler is not None:
-                    forget_dropped(self.scaler)
+                    prepare(self.scaler, gradients.optimizers)
                 for optimizer in gradients.optimizers:
                     optimizer.zero_grad()
                 self.share = 1 if self.accumulate == 1 else self._share(state)
@@ -176,11 +186,10 @@ class backward:
                 loss.backward()
             self.filled += 1
             self.total += weight
-            state.updates = closes
+            fill_windows(state, gradients.optimizers, closes)
             if closes:
                 if self.scaler is not None:
                     unscale(self.scaler, gradients.optimizers, state)
-                    self._closed = state
                 if self.filled != self.share or self.weigh != "batches":
                     self._even_out(gradients.present())
                 self.filled = 0
@@ -189,10 +198,26 @@ class backward:
             elif self.scaler is not None:
                 state.committed = "its gradients are unscaled already"
             yield state
+            if closes and self.scaler is not None:
+                forget_dropped(self.scaler, state)
+
+    def close(self) -> None:
+        """At the end of the run, say what an open window has gathered for nothing."""
+        run = self._run() if self._run is not None else None
+        if run is not None and run.ended and self.across_epochs and self.filled and not self._told:
+            self._told = True
+            warn(
+                f"backward: the run ended ({run.ended}) in an open window: the gradients of the last {self.filled} "
+                "batches made no update. run.extend(...) goes on with them."
+            )
 
     def updates_in(self, passes: Sequence[int]) -> int:
         """Windows that close in passes of so many iterations."""
         return sum(-(-length // self.accumulate) for length in ([sum(passes)] if self.across_epochs else passes))
+
+    def drop_window(self) -> None:
+        """Give up what the open window has gathered; the next batch opens a new one."""
+        self.filled = 0
 
     def leaves(self, state: State) -> str:
         """What a failure in the middle of this part can leave behind."""
@@ -270,5 +295,4 @@ class backward:
                 "way than the new one would. Replace it after an iteration with state.updates."
             )
         self.filled, self.share, self.total = old.filled, old.share, old.total
-        self._closed = old._closed
         self._gradients.take_over(old._gradients)

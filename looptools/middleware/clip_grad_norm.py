@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
 from ..checks import positive
+from ..gradients import are_due, tensors
 from ..state import State
-
-
-def tensors(part: str, params: Any) -> list[Tensor]:
-    """Read an option ``params``: tensors, or one of them, as torch's own functions take them."""
-    found = [params] if isinstance(params, Tensor) or not hasattr(params, "__iter__") else list(params)
-    if not found or not all(isinstance(parameter, Tensor) for parameter in found):
-        raise TypeError(f"{part}: params must be tensors, as in model.parameters(), got {params!r:.60}.")
-    return found
 
 
 def _parameters(params: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -55,6 +47,6 @@ class clip_grad_norm:
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:
-            if state.updates:
+            if state.updates and (len(state.windows) < 2 or are_due(state, self.params)):
                 state.grad_norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_norm, self.norm_type)
             yield state

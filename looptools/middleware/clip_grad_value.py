@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checks import positive
+from ..gradients import are_due, tensors
 from ..state import State
-from .clip_grad_norm import tensors
 
 
 def _parameters(params: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -44,6 +44,6 @@ class clip_grad_value:
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:
-            if state.updates:
+            if are_due(state, self.params):
                 torch.nn.utils.clip_grad_value_(self.params, self.max_value)
             yield state

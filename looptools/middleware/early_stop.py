@@ -27,9 +27,10 @@ def _delta(part: Any, field: Any, value: Any) -> None:
 class early_stop:
     """Stop the run when a result has not become better for *patience* passes. Piped onto the run.
 
-    Looks when a pass of the metric's phase has ended, at no other time; a value that is not finite is no improvement.
-    The run ends at the boundary of that iteration, and ``run.ended`` says why. A run that is resumed after that stays
-    stopped; ``run.extend(...)`` lets it go on, with its patience restored and the best value still to be beaten.
+    Looks when a pass of the metric's phase has ended, ``run.validate`` included, at no other time; a value that is not
+    finite is no improvement. The run ends at the boundary of that iteration, and ``run.ended`` says why. A run that is
+    resumed after that stays stopped; ``run.extend(...)`` lets it go on, with its patience restored and the best value
+    still to be beaten. With another metric, or the other direction, it begins afresh.
 
     Args:
         best: ``lt.lowest("val/loss")`` or ``lt.highest("val/accuracy")``.
@@ -37,7 +38,7 @@ class early_stop:
         min_delta: What an improvement must be larger than, in the units of the metric.
 
     Raises:
-        LookupError: If nobody has written the metric after the first round.
+        LookupError: If its phase has not written the metric after the first round.
 
     Example:
         >>> losses = iter([3.0, 2.0, 2.0, 2.5, 1.0])
@@ -54,20 +55,33 @@ class early_stop:
     value: float | None = attrs.field(default=None, init=False, repr=False)  # the best so far
     since: int = attrs.field(default=0, init=False, repr=False)  # training passes that were done then
     waited: int = attrs.field(default=0, init=False, repr=False)  # passes since
+    of: str = attrs.field(default="", init=False, repr=False)  # what these were judged by
+    stopped: bool = attrs.field(default=False, init=False, repr=False)
 
     def on_build(self, run: Run) -> None:
         """Now, and when a run that was stopped here is extended, which restores the patience."""
         run.require_run_scope(self)
-        if self.waited >= self.patience:
-            self.waited = 0
+        if self.stopped:
+            self.waited, self.stopped = 0, False
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:
             if state.last:
-                value = newest("early_stop", self.best.metric, state)
-                if value is not None:
-                    self._judge(value, state)
+                self._look(state)
             yield state
+
+    def on_results(self, state: State) -> None:
+        """Judge a validation beside the workflow as well."""
+        self._look(state)
+
+    def _look(self, state: State) -> None:
+        value = newest("early_stop", self.best.metric, state)
+        if value is None:
+            return
+        of = f"{'highest' if self.best.sign > 0 else 'lowest'} {self.best.metric}"
+        if of != self.of:
+            self.of, self.value, self.waited = of, None, 0
+        self._judge(value, state)
 
     def _judge(self, value: float, state: State) -> None:
         if self.best.better(value, self.value, self.min_delta):
@@ -79,5 +93,6 @@ class early_stop:
         if self.waited >= self.patience:
             passes = "1 pass" if self.waited == 1 else f"{self.waited} passes"
             best = f"improved on {self.value:.4g}" if self.value is not None else "been finite"
+            self.stopped = True
             since = "" if self.value is None else f" (since epoch {self.since})"
             state.stop(f"early_stop: {self.best.metric} has not {best} for {passes}{since}")

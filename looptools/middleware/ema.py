@@ -87,7 +87,7 @@ class ema:
 
     Args:
         averaged: The average. It belongs to you; the part only has it updated.
-        every: How many updates (or iterations) lie between two calls.
+        every: How many updates (or iterations) there are to a call, counted from *start*.
         by: What counts: ``"update"``, only iterations on which the optimizer moved, not what a GradScaler skipped; or
             ``"iteration"``, every training iteration.
         start: Updates (or iterations) before which nothing is averaged.

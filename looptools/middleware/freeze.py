@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,14 +14,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..intervals import Interval, epochs, interval, iterations, rounds, samples, seconds
 from ..modes import set_mode, settle
 from ..state import State
+from ..warn import warn
 
 if TYPE_CHECKING:
+    from ..cursor import Cursor
     from ..phases import Phase
     from ..run import Run
 
-# Parameters and modules whose flag a freeze has changed: so that another run over the same model can tell them from
-# those that are the user's own.
-_ours: MutableMapping[Any, bool] = WeakIdKeyDictionary()
+# Parameters and modules whose flag a freeze has changed, and which freeze did it last: so that another run over the
+# same model can tell them from those that are the user's own, and no run gives back what another one holds.
+_ours: MutableMapping[Any, weakref.ref[freeze]] = WeakIdKeyDictionary()
 _WRAPPERS = ("module", "_orig_mod")  # DistributedDataParallel, torch.compile
 # How far a run is, as each kind of interval counts; any other interval is asked about each state.
 _DONE: dict[Any, Callable[[Any], float]] = {
@@ -164,39 +168,28 @@ class freeze:
         if model is None or self.thawed:
             return
         settle(model, True)  # the flags of train mode are meant
+        for thing in self._named(model):
+            if thing in _ours or _is_live(thing):
+                _set_live(thing, False)
+                _ours[thing] = weakref.ref(self)
+                self._held[id(thing)] = thing
+
+    def _named(self, model: Module) -> Iterator[Parameter | Module]:
+        """The parameters, and the submodules if they stand in eval mode, that the names mean in *model*."""
         for name in self.names:
             found = _find(model, name)
-            parameters = [found] if isinstance(found, Parameter) else list(found.parameters())
-            for parameter in parameters:
-                if parameter.requires_grad or parameter in _ours:
-                    parameter.requires_grad_(False)
-                    self._keep(parameter)
-            if isinstance(found, Module) and self.keep_eval:
-                for module in found.modules():
-                    if module.training or module in _ours:
-                        module.training = False
-                        self._keep(module)
-
-    def _keep(self, thing: Parameter | Module) -> None:
-        _ours[thing] = True
-        self._held[id(thing)] = thing
+            if isinstance(found, Parameter):
+                yield found
+                continue
+            yield from found.parameters()
+            if self.keep_eval:
+                yield from found.modules()
 
     def _give_back(self) -> None:
-        """Put the flags back that were changed."""
-        model = self._model
-        if model is None or not self._held:
-            return
-        training = model.training
-        settle(model, True)
-        for thing in self._held.values():
-            if isinstance(thing, Module):
-                thing.training = True
-            else:
-                thing.requires_grad_(True)
-            _ours.pop(thing, None)
-        self._held.clear()
-        if not training:
-            set_mode(model, False)
+        """Put the flags back that were changed, but those that another run's freeze has taken over meanwhile."""
+        if self._model is not None and self._held:
+            _thaw(self._model, [thing for thing in self._held.values() if _owner(thing) in (None, self)])
+            self._held.clear()
 
     def _leave(self) -> None:
         """The loop or the run is over; give back, unless the run only sleeps in the middle of the pass."""
@@ -210,6 +203,69 @@ class freeze:
     def carry_over(self, old: freeze) -> None:
         """Take the place of *old*: its flags are given back when the next pass begins, or when it would be thawed."""
         self.thawed, self._run, self._model, self._held = old.thawed, old._run, old._model, old._held
+        for thing in self._held.values():
+            if _owner(thing) is old:
+                _ours[thing] = weakref.ref(self)
+
+
+def see_who_froze(cursor: Cursor) -> None:
+    """Look, when a run is built, for what a freeze of another run holds of the models that it trains.
+
+    A run that was left in the middle of a pass, as by an exception, holds its own for good, and a cell that is run
+    again without the freeze would train without them. If it is gone they are given back; else that is said.
+    """
+    for phase in cursor.passes.agenda.phases:
+        if phase.trains and isinstance(phase.model, Module) and _strangers(cursor, phase):
+            gc.collect()  # runs are cycles, and a variable that is written again leaves one behind
+            found = _strangers(cursor, phase)
+            _thaw(phase.model, [thing for thing, owner in found if owner is None])
+            names = {owner: ", ".join(map(repr, owner.names)) for _, owner in found if owner is not None}
+            if names:
+                warn(
+                    f"{phase.name}: freeze({'; '.join(names.values())}) of another run, which stands in the middle of "
+                    "a pass, keeps a part of the model frozen, also here. Call close() on that run (state.run.close(), "
+                    "if only a state of it is left), or pipe a freeze here too."
+                )
+
+
+def _strangers(cursor: Cursor, phase: Phase) -> list[tuple[Parameter | Module, freeze | None]]:
+    """What a freeze holds that is none of this run's, and which one; None if that is gone."""
+    if not _ours:
+        return []
+    phases = cursor.passes.agenda.phases
+    until_then = phases[: phases.index(phase) + 1]  # what an earlier one freezes it gives back itself
+    own = [(slot.part, p.model) for p in until_then for slot in cursor.lines[id(p)] if isinstance(slot.part, freeze)]
+    named = {id(thing) for part, model in own for thing in part._named(model)}
+    things = [*phase.model.parameters(), *phase.model.modules()]
+    marked = [thing for thing in things if thing in _ours and id(thing) not in named]
+    return [(thing, _owner(thing)) for thing in marked if not _is_live(thing)]  # else thawed by hand since
+
+
+def _owner(thing: Parameter | Module) -> freeze | None:
+    """The freeze that changed its flag last, if there is one and it is not gone."""
+    return _ours[thing]() if thing in _ours else None
+
+
+def _is_live(thing: Parameter | Module) -> bool:
+    return thing.training if isinstance(thing, Module) else thing.requires_grad
+
+
+def _set_live(thing: Parameter | Module, live: bool) -> None:
+    if isinstance(thing, Module):
+        thing.training = live
+    else:
+        thing.requires_grad_(live)
+
+
+def _thaw(model: Module, things: Iterable[Parameter | Module]) -> None:
+    """Put flags back that a freeze has changed, in the model's train mode, which these are about."""
+    training = model.training
+    settle(model, True)
+    for thing in things:
+        _set_live(thing, True)
+        _ours.pop(thing, None)
+    if not training:
+        set_mode(model, False)
 
 
 def _find(model: Module, name: str) -> Module | Parameter:

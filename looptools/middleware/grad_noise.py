@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..checks import positive
+from ..gradients import are_due, optimizers_in, parameters_of, tensors
 from ..state import State
 
 if TYPE_CHECKING:
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def _parameters(params: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    params = [params] if isinstance(params, Tensor) else list(params)
-    if not params or not all(isinstance(parameter, Tensor) for parameter in params):
-        raise TypeError(f"grad_noise: params must be tensors, as in model.parameters(), got {params!r:.60}.")
-    return params
+    return tensors("grad_noise", params)
 
 
 def _not_negative(part: Any, field: Any, value: Any) -> None:
@@ -66,10 +64,9 @@ class grad_noise:
 
     def on_build(self, run: Run) -> None:
         """Find out whose updates count."""
-        found = run.optimizer
-        known = list(found.values()) if isinstance(found, dict) else [found] if found is not None else []
-        mine = {id(parameter) for parameter in self.params}
-        self._optimizers = [o for o in known if any(id(p) in mine for group in o.param_groups for p in group["params"])]
+        mine = set(map(id, self.params))
+        known = optimizers_in(run)
+        self._optimizers = [one for one in known if not mine.isdisjoint(map(id, parameters_of([one])))]
         if not self._optimizers:
             raise ValueError(
                 "grad_noise: no optimizer of the run holds these parameters, so no update uses their gradients. "
@@ -78,7 +75,7 @@ class grad_noise:
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:
-            if state.updates:
+            if are_due(state, self.params):
                 if state.run is None or not self._optimizers:
                     raise RuntimeError("grad_noise: these states belong to no run, so nobody counts. Iterate a phase.")
                 counts = state.run.progress.updates

@@ -13,9 +13,11 @@ from ..intervals import Interval, interval
 from ..links import raise_all
 from ..means import FOLD_AT, Means
 from ..pipeline import name_of, numbered
-from ..sinks import CSV, Bar, JsonLines, Lines, Row, Sink, TensorBoard
+from ..sinks import CSV, FACTS, Bar, JsonLines, Lines, Sink, TensorBoard
+from ..sinks.delivery import Delivery, Parcel
 from ..sinks.pictures import flattened, picture, rendered
 from ..sinks.redact import plain
+from ..sinks.rows import trained
 from ..state import State
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ class log:
     folder renames the old ones to ``log.1.jsonl`` and so on. Neither environment nor command line is written.
 
     If a sink raises, the others have the row already; ``next(run)`` gives it to that sink once more.
-    ``run["log"]`` has `image`, `histogram`, `text` and `figure`, to be called at any time.
+    ``run["log"]`` has `image`, `histogram`, `text` and `figure`, to be called at any time; what is shown before the
+    run has begun is written with its first iteration, since until then it may be resumed.
 
     Args:
         folder: Where files go, made if missing; None writes none.
@@ -75,6 +78,7 @@ class log:
 
     Raises:
         TypeError: If a sink lacks write or close, or *hparams* is no mapping.
+        ValueError: If a metric has the name of one of a row's facts (`lt.sinks.FACTS`), once, at its first row.
 
     Example:
         >>> model = torch.nn.Linear(1, 1)
@@ -100,30 +104,43 @@ class log:
     )
     since: Means = attrs.field(factory=Means, init=False, repr=False)
     gauges: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)  # the newest since the last row
-    marks: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)  # how far each sink has written
     _bar: Bar | None = attrs.field(default=None, init=False, repr=False)
-    _sinks: dict[str, Sink] = attrs.field(factory=dict, init=False, repr=False)
+    _delivery: Delivery = attrs.field(init=False, repr=False)
     _run: Run | None = attrs.field(default=None, init=False, repr=False)
     _began: float = attrs.field(default=0.0, init=False, repr=False)
     _taken: State | None = attrs.field(default=None, init=False, repr=False)  # the last one that was taken in
-    _rows: list[tuple[Row, State, list[str]]] = attrs.field(factory=list, init=False, repr=False)  # and who lacks it
-    _held: dict[str, Any] | None = attrs.field(default=None, init=False, repr=False)  # the marks that sinks stand at
-    _unready: list[str] = attrs.field(factory=list, init=False, repr=False)
+    _clashes: dict[str, bool] = attrs.field(factory=dict, init=False, repr=False)  # metrics with a fact's name: told?
 
     def __attrs_post_init__(self) -> None:
         if self.csv and self.folder is None:
             raise ValueError('log: csv=True needs a folder: lt.log(folder, csv=True), or to=[lt.sinks.CSV("log.csv")].')
+        sinks: dict[str, Sink] = {}
         if self.bar:
-            self._bar = self._sinks["bar"] = Bar()
+            self._bar = sinks["bar"] = Bar()
         elif self.line is not None:
-            self._sinks["lines"] = Lines(self.line)
+            sinks["lines"] = Lines(self.line)
         if self.folder is not None:
-            self._sinks["log.jsonl"] = JsonLines(self.folder / "log.jsonl")
+            sinks["log.jsonl"] = JsonLines(self.folder / "log.jsonl")
             if self.csv:
-                self._sinks["log.csv"] = CSV(self.folder / "log.csv")
+                sinks["log.csv"] = CSV(self.folder / "log.csv")
             if self.tensorboard:
-                self._sinks["tensorboard"] = TensorBoard(self.folder / "tensorboard")
-        self._sinks |= zip(numbered(name_of(sink) for sink in self.to), self.to, strict=True)
+                sinks["tensorboard"] = TensorBoard(self.folder / "tensorboard")
+        sinks |= zip(numbered(name_of(sink) for sink in self.to), self.to, strict=True)
+        self._delivery = Delivery(sinks, self.hparams)
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """How far each sink has written."""
+        return self._delivery.marks
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is collected for the next row, and how far each sink has written."""
+        return {"since": self.since.state_dict(), "gauges": self.gauges, "marks": self.marks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.since.load_state_dict(state["since"])
+        self.gauges, self._delivery.marks = dict(state["gauges"]), dict(state["marks"])
 
     def on_build(self, run: Run) -> None:
         """See that the folder can be written to, before the first iteration."""
@@ -146,15 +163,13 @@ class log:
 
     def carry_over(self, old: log) -> None:
         """Go on where *old* stood, which this one replaces."""
-        self.since.load_state_dict(old.since.state_dict())
-        self.gauges, self.marks = old.gauges, old.marks
-        self._began, self._taken = old._began, old._taken
-        left = [(row, state, [name for name in names if name in self._sinks]) for row, state, names in old._rows]
-        self._rows = [entry for entry in left if entry[2]]
+        self.load_state_dict(old.state_dict())
+        self._began, self._taken, self._clashes = old._began, old._taken, old._clashes
+        self._delivery.take_over(old._delivery)
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         due: Any = self.every
-        since = self.since
+        since, delivery = self.since, self._delivery
         for state in states:
             if not state.replayed:
                 if state is not self._taken:  # otherwise a sink failed, and the state comes once more
@@ -168,27 +183,21 @@ class log:
                         if state.gauges:
                             self.gauges = {**self.gauges, **_numbers(state.gauges)}
                     self._taken = state
-                    if self._rows:  # what the user skipped
-                        self._rows = [entry for entry in self._rows if not entry[1].dropped]
+                    if delivery.waiting:  # the user skipped what failed
+                        delivery.skip_failed()
                     if is_due:
                         self._add_means(state)
                     if last and state.run is not None:
                         self._add_pass(state)
                     if self._bar is not None:
                         self._bar.advance(state)
-                if self._rows:
+                if delivery.waiting:
                     self._flush()
             yield state
 
     def close(self) -> None:
         """Flush and close files; they open again with the next row."""
-        errors: list[BaseException] = []
-        for sink in self._sinks.values():
-            try:
-                sink.close()
-            except BaseException as error:
-                errors.append(error)
-        raise_all(errors)
+        raise_all(self._delivery.close())
 
     # On demand, at any time: run["log"].image(...)
 
@@ -237,18 +246,26 @@ class log:
                 f'log.{kind}: this log belongs to no run; what is piped is options. Use run["log"].{kind}.'
             )
         kinds = (kind, "image") if kind == "figure" else (kind,)
-        takers = {name: next((k for k in kinds if hasattr(s, k)), "") for name, s in self._sinks.items()}
+        sinks = self._delivery.sinks
+        takers = {name: next((k for k in kinds if hasattr(sink, k)), "") for name, sink in sinks.items()}
         names = [name for name in takers if takers[name]]
         if not names:
             raise RuntimeError(f"log.{kind}: no sink of this log takes it. {WHO_SHOWS}.")
-        state = run.state
-        if state is None:  # before the first iteration
-            state = State(phase="run", epoch=run.progress.epoch, iteration=run.progress.iteration - 1)
-        if state.replayed:
+        if run.state is not None and run.state.replayed:
             return
-        self._get_ready()
         values = {k: make(k) for k in set(takers.values()) if k}
-        self._each(names, lambda name: getattr(self._sinks[name], takers[name])(tag, values[takers[name]], state))
+
+        begun = run.begun
+
+        def write(name: str) -> None:
+            before = State(phase="run", epoch=run.progress.epoch, iteration=run.progress.iteration - 1)
+            state = run.state if begun and run.state is not None else before
+            getattr(sinks[name], takers[name])(tag, values[takers[name]], state)
+
+        if not begun:  # nothing is written yet: the run may still be resumed
+            self._delivery.waiting.append(Parcel(write, names, None))
+            return
+        raise_all(self._delivery.each(names, write))
         if run.ended:
             self.close()  # nobody else would
 
@@ -275,48 +292,27 @@ class log:
 
     def _add(self, kind: str, state: State, values: Mapping[str, float], seconds: float) -> None:
         facts: dict[str, Any] = {"kind": kind, "phase": state.phase, "epoch": state.epoch, "iteration": state.iteration}
-        facts |= {"index": state.index, "seconds": round(seconds, 3)}
-        row = {**facts, **values, **facts}  # facts come first, and win over a metric of the same name
-        self._rows.append((row, state, list(self._sinks)))
+        facts |= {"index": state.index, "trained": trained(state), "seconds": round(seconds, 3)}
+        for key in FACTS:
+            if key in values:
+                self._clashes.setdefault(key, False)
+        self._delivery.add({**facts, **values, **facts}, state)  # facts come first, and win
 
     def _flush(self) -> None:
-        """Write the rows that have come up, to each sink once."""
-        self._get_ready()
-        while self._rows:
-            row, state, names = self._rows[0]
-            self._each(names, lambda name, row=row, state=state: self._sinks[name].write({**row}, state))  # type: ignore[misc]
-            del self._rows[0]
+        """Write what has come up, to each sink once.
 
-    def _get_ready(self) -> None:
-        """Before the first row of this process, or after a resumption: have each sink take up where it stood."""
-        if self._held is not self.marks:
-            self._held = self.marks
-            self._unready = list(self._sinks)
-        if self._unready:
-            self._each(self._unready, self._take_up)
-
-    def _take_up(self, name: str) -> None:
-        sink: Any = self._sinks[name]
-        if hasattr(sink, "rewind"):
-            sink.rewind(self.marks.get(name))
-        if self.hparams and hasattr(sink, "hparams"):
-            sink.hparams(self.hparams)
-
-    def _each(self, names: list[str], action: Callable[[str], Any]) -> None:
-        """Do *action* with each of *names*, and take those off the list that did not fail."""
-        errors: list[BaseException] = []
-        for name in names.copy():
-            sink: Any = self._sinks[name]
-            try:
-                action(name)
-            except Exception as error:
-                error.add_note(f"log: while {name} was written to.")
-                errors.append(error)
-            else:
-                names.remove(name)
-                if hasattr(sink, "mark"):  # a new dictionary: a snapshot may hold the old one
-                    self.marks = self._held = {**self.marks, name: sink.mark()}
-        raise_all(errors)
+        Raises:
+            ValueError: If a metric was left out, once for each.
+        """
+        raise_all(self._delivery.flush())
+        new = [key for key, told in self._clashes.items() if not told]
+        if new:
+            self._clashes = dict.fromkeys(self._clashes, True)
+            names = " and ".join(f'"{key}"' for key in new)
+            raise ValueError(
+                f"log: a metric cannot be called {names}, since every row says that of itself ({', '.join(FACTS)}). "
+                "Rename it in the step; next(run) goes on without it."
+            )
 
 
 def _numbers(gauges: Mapping[str, Any]) -> dict[str, Any]:

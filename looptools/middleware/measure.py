@@ -163,8 +163,10 @@ class measure:
         if not self.counted:
             self._require_free((name for name, _ in self.metrics), state)
         given = self._take(state)
-        values = given.values() if isinstance(given, dict) else given
-        device = next((value.device for value in values if isinstance(value, Tensor)), self._device)
+        if not self.counted and self._functions:
+            for value in given.values() if isinstance(given, dict) else given:
+                _require_joinable(value)
+        device = next((tensor.device for tensor in _tensors(given)), self._device)
         if device != self._device:
             for metric in self.own.values():
                 if hasattr(metric, "to"):
@@ -243,6 +245,24 @@ def _detached(value: Any) -> Any:
     return value
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in nested inputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _require_joinable(value: Any) -> None:
+    """Refuse at the first batch what could not be put together at the last."""
+    if not isinstance(value, Tensor | list):
+        raise TypeError(
+            f"measure: a whole pass of {type(value).__name__} cannot be joined for a function. Let inputs give tensors "
+            "or lists, as in torch.as_tensor(value); leave None out."
+        )
+
+
 def _joined(kept: list[Given]) -> Given:
     """The inputs of a whole pass."""
     first = kept[0]
@@ -261,10 +281,8 @@ def _join(column: list[Any]) -> Any:
             raise
     if all(isinstance(piece, list) for piece in column):
         return [item for piece in column for item in piece]
-    raise TypeError(
-        f"measure: a whole pass of {type(column[0]).__name__} cannot be joined for a function. Let inputs give tensors "
-        "or lists."
-    )
+    kinds = " and ".join(sorted({type(piece).__name__ for piece in column}))
+    raise TypeError(f"measure: inputs were {kinds} in turn, which cannot be joined for a function.")
 
 
 def _add(results: dict[str, Any], name: str, value: Any) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
+from torch import Tensor
+from torch.nn import Module
 
 from ..checks import whole
+from ..gradients import parameters_of
 from ..means import number, read
 from ..state import State
+from ..warn import warn
 from .backward import backward
-from .forward import forward
-from .update import update
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
 class nan_guard:
-    """Stop the run at a loss that is nan or infinite, before it reaches the weights; or drop the batch.
+    """Stop the run at a loss, or at gradients, that are nan or infinite, before the weights move; or drop the batch.
 
-    Stands before ``update``: behind the forward it looks at ``state.loss``, and behind ``clip_grad_norm`` also at
-    ``state.grad_norm`` (not under a GradScaler, which handles infinite gradients by itself). After the error the
+    Stands before ``update``. Behind the forward it looks at ``state.loss``; behind ``backward``, as in
+    ``lt.optimize(optimizer, between=lt.nan_guard())``, at the gradients as well: a finite loss can have gradients that
+    are not (of ``sqrt`` at 0). It leaves gradients alone under a GradScaler, which handles them by itself. After the
+    error the
     iteration is still open: look at ``run.failed.state.batch``, mend the step, and ``run.replace(step)`` and
     ``run.retry()`` go on as if nothing had been, as long as the step has changed nothing but its outputs. BatchNorm
     keeps what it took in.
@@ -52,21 +56,21 @@ class nan_guard:
     skip: int = attrs.field(default=0, kw_only=True, validator=whole(0))
     every: int = attrs.field(default=1, kw_only=True, validator=whole())
     skipped: int = attrs.field(default=0, init=False, repr=False)
+    _behind: bool = attrs.field(default=False, init=False, repr=False)  # a backward
 
     def on_build(self, run: Run) -> None:
-        """See that it stands before the weights are moved."""
+        """See whether a backward stands before it: then there are gradients to look at."""
         cursor = run.cursor
         if any(slot.part is self for slot in cursor.run_slots):
             raise TypeError("nan_guard: pipe it onto a phase, before optimize; behind whole phases it is too late.")
         for line in cursor.lines.values():
             parts = [slot.part for slot in line]
-            if any(part is self for part in parts):
-                before = parts[: next(number for number, part in enumerate(parts) if part is self)]
-                if isinstance(next(part for part in reversed(before) if isinstance(part, forward | update)), update):
-                    raise ValueError(
-                        "nan_guard: it stands behind update, where the weights have moved already. Pipe it before "
-                        "that: train | lt.nan_guard() | lt.optimize(optimizer)."
-                    )
+            at = next((number for number, part in enumerate(parts) if part is self), 0)
+            self._behind = self._behind or any(isinstance(part, backward) for part in parts[:at])
+
+    def carry_over(self, old: nan_guard) -> None:
+        """Take the place of *old*, and its count of dropped batches."""
+        self.skipped, self._behind = old.skipped, old._behind
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:
@@ -79,14 +83,22 @@ class nan_guard:
 
     def _look(self, state: State) -> str:
         """What is wrong, in words; empty if nothing is."""
-        if state.grad_norm is None and (state.loss is None or math.isfinite(number(state.loss))):
-            return ""
-        values: dict[str, Any] = {"loss": state.loss, "grad_norm": state.grad_norm}
+        if not self._behind:
+            found = 0.0 if state.loss is None else number(state.loss)
+            return "" if math.isfinite(found) else f"loss is {found}"
+        values: dict[str, Any] = {"loss": state.loss, "grad_norm": self._grad_norm(state)}
         numbers = read({name: value for name, value in values.items() if value is not None})
-        bad = {name: number for name, number in numbers.items() if not math.isfinite(number)}
-        if "grad_norm" in bad and any(getattr(part, "scaler", None) is not None for part in self._parts_before(state)):
-            del bad["grad_norm"]  # update skips the step, and the scaler goes down
-        return " and ".join(f"{name} is {number}" for name, number in bad.items())
+        return " and ".join(f"{name} is {found}" for name, found in numbers.items() if not math.isfinite(found))
+
+    def _grad_norm(self, state: State) -> Tensor | None:
+        """The norm of the gradients since the last forward; None under a scaler: update skips their step by itself."""
+        parts = [part for part in self._parts_before(state) if isinstance(part, backward)]
+        if not parts or any(part.scaler is not None for part in parts):
+            return None
+        if state.grad_norm is not None:
+            return state.grad_norm
+        gradients = [p.grad for part in parts for p in parameters_of(part.optimizers) if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
     def _parts_before(self, state: State) -> list[Any]:
         """The parts between the forward that made the loss and this one."""
@@ -102,23 +114,30 @@ class nan_guard:
         where = f"iteration {state.iteration}, epoch {state.epoch}, batch {state.index} of {state.phase}"
         for part in self._parts_before(state):
             if isinstance(part, backward):
-                part.filled = 0  # the gradients in its open window are spoilt; the next batch opens a new one
+                part.drop_window()  # its gradients are spoilt
         if self.skipped >= self.skip:
             self._refuse(state, f"nan_guard: {bad} ({where}).")
         self.skipped += 1
-        warnings.warn(
-            f"nan_guard: {bad} ({where}); the batch was dropped, {self.skipped} of at most {self.skip}.", stacklevel=3
-        )
+        warn(f"nan_guard: {bad} ({where}); the batch was dropped, {self.skipped} of at most {self.skip}.")
 
     def _refuse(self, state: State, what: str) -> None:
         budget = f" Dropped before: {self.skipped}." if self.skipped else ""
         if state.run is None:
             cure = ""
-        elif state.committed:
-            cure = f" Look at run.failed.state.batch; run.skip() drops it. It cannot be redone: {state.committed}."
-        else:
+        elif _spoilt(state.model):
             cure = (
-                " Look at run.failed.state.batch; mend the step, and run.replace(step) and run.retry() redo this "
-                "iteration; or run.skip() drops the batch."
+                " The weights are not finite already: the gradients of an earlier batch did it, though its loss was. "
+                "Look at these too, with lt.optimize(optimizer, between=lt.nan_guard())."
             )
+        elif state.committed:
+            cure = f" Look at run.failed.state.batch. It cannot be redone: {state.committed}."
+        else:
+            cure = " Look at run.failed.state.batch. Mend the step: run.replace(step), then run.retry()."
         raise FloatingPointError(what + budget + cure)
+
+
+def _spoilt(model: Any) -> bool:
+    """Whether some weight is not finite; the run has stopped anyway, so the device may be waited for."""
+    if not isinstance(model, Module):
+        return False
+    return any(not number(p.detach().isfinite().all()) for p in model.parameters())

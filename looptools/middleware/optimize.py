@@ -28,6 +28,7 @@ def optimize(
     across_epochs: bool = False,
     weigh: Weigh = "batches",
     scaler: GradScaler | None = None,
+    between: Middleware | Sequence[Middleware] = (),
     name: str = "",
 ) -> Chain:
     """Make the recipe ``backward | clip_grad_value | clip_grad_norm | update``.
@@ -47,6 +48,8 @@ def optimize(
         weigh: What an iteration counts in its window: ``"batches"``, ``"samples"``, or a function of the state that
             gives a number or a tensor of shape ``()`` (its tokens).
         scaler: ``torch.amp.GradScaler`` for fp16.
+        between: A part, or several, that look at the gradients or change them, between backward and clipping:
+            ``between=lt.nan_guard()``, ``between=[lt.grad_noise(params), lt.watch(model)]``.
         name: What the part names begin with where a pipe optimizes twice: ``"D"`` makes ``D.backward``.
 
     Raises:
@@ -69,6 +72,8 @@ def optimize(
                     f"optimize: {option} does not go with LBFGS, which evaluates the loss of one batch several times "
                     f"a step, got {option}={window[option]!r}. Leave it out, or make batches larger."
                 )
+        if between != ():
+            raise ValueError("optimize: between does not go with LBFGS, whose gradients come and go within one part.")
         by_closure = update_by_closure(optimizer, max_value=max_value, max_norm=max_norm, norm_type=norm_type)
         return chain(by_closure, name=name)
     params = list(parameters_of(optimizers))
@@ -78,4 +83,5 @@ def optimize(
     if max_norm is not None:
         clip.append(clip_grad_norm(params, max_norm, norm_type=norm_type))
     first = backward(optimizer, accumulate=accumulate, across_epochs=across_epochs, weigh=weigh, scaler=scaler)
-    return chain(first, *clip, *(update(one, scaler=scaler) for one in optimizers), name=name)
+    guards = between if isinstance(between, list | tuple) else (between,)
+    return chain(first, *guards, *clip, *(update(one, scaler=scaler) for one in optimizers), name=name)

@@ -68,7 +68,8 @@ class profile:
     with_stack: bool = attrs.field(default=False, kw_only=True, validator=_is_bool)
     with_flops: bool = attrs.field(default=False, kw_only=True, validator=_is_bool)
     done: int = attrs.field(default=0, init=False, repr=False)  # how often it was through
-    _profiler: Any = attrs.field(default=None, init=False, repr=False)  # while it is under way
+    _profiler: Any = attrs.field(default=None, init=False, repr=False)  # while it is under way,
+    _whole: bool = attrs.field(default=False, init=False, repr=False)  # or through, but not written yet
     _left: Any = attrs.field(default=None, init=False, repr=False)  # what happens if nobody closes it
 
     def __attrs_post_init__(self) -> None:
@@ -95,7 +96,7 @@ class profile:
 
     def close(self) -> None:
         """Stop profiling; it begins anew with the next iteration."""
-        profiler, self._profiler = self._profiler, None
+        profiler, self._profiler, self._whole = self._profiler, None, False
         if profiler is not None:
             self._left.detach()
             profiler.stop()
@@ -103,7 +104,7 @@ class profile:
     def _begin(self) -> None:
         self._profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=self.wait, warmup=self.warmup, active=self.active, repeat=1),
-            on_trace_ready=_if_alive(weakref.WeakMethod(self._show)),
+            on_trace_ready=_if_alive(weakref.WeakMethod(self._ready)),
             record_shapes=self.record_shapes,
             profile_memory=self.profile_memory,
             with_stack=self.with_stack,
@@ -117,17 +118,23 @@ class profile:
         if self._profiler is None:  # it was closed in the middle of a pass
             self._begin()
             return
-        done = self.done
-        self._profiler.step()
-        if self.done > done:
+        if not self._whole:  # else its trace could not be written, and this is the next try
+            self._profiler.step()
+        if self._whole:
+            self._show(self._profiler, whole=True)
+            self.done += 1
             self.close()
             if self.done < self.repeat:
                 self._begin()  # torch's own repetition warns that it forgets the cycle before
 
-    def _show(self, profiler: Any) -> None:
+    def _ready(self, profiler: Any) -> None:
+        """What torch calls when all is recorded, and when the profiler is stopped before."""
+        self._whole = self._profiler is not None
+        if not self._whole:
+            self._show(profiler, whole=False)
+
+    def _show(self, profiler: Any, whole: bool) -> None:
         """Write the trace, and show the table."""
-        whole = self._profiler is not None  # else it is being closed half way
-        self.done += whole
         where = ""
         if self.folder is not None:
             number = 1

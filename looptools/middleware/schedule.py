@@ -2,95 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from .. import schedules
-from ..checks import require_optimizer
 from ..intervals import epochs
 from ..means import read
 from ..pipeline import name_of
 from ..schedules import Schedule
+from ..schedules.given import is_optimizer, is_option, is_schedule, is_unit, is_warmup, require_one_each
 from ..schedules.options import bind
 from ..state import State
+from ..warn import warn
 
 if TYPE_CHECKING:
     from ..run import Run
 
-UNITS = ("update", "iteration", "epoch")
+APART = ("lr", "weight_decay")  # a group that has 0 for one of these is set apart from the others
 POINTS = 1000  # at which a momentum is tried when a run is built
-
-
-def _is_optimizer(part: schedule, field: object, optimizer: Any) -> None:
-    require_optimizer(f"{part.called}: optimizer", optimizer)
-
-
-def _is_option(part: schedule, field: object, option: Any) -> None:
-    for group in part.optimizer.param_groups:
-        if option not in group and not (option == "momentum" and "betas" in group):
-            known = [key for key, value in group.items() if _is_number(value)] + ["momentum"] * ("betas" in group)
-            kind = type(part.optimizer).__name__
-            raise LookupError(f"{part.called}: {kind} has no option {option!r}; it has {', '.join(sorted(known))}.")
-        held = part.held(group)
-        if not _is_number(held):
-            raise TypeError(f"{part.called}: {option} must be a number to be scheduled, but is {held!r:.60}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
-
-
-def _is_schedule(part: schedule, field: object, given: Any) -> None:
-    many = isinstance(given, list | tuple)
-    for one in given if many else [given]:
-        _is_one(part, one, many)
-    if many:
-        _require_one_each(part.called, given, part.optimizer.param_groups)
-
-
-def _require_one_each(called: str, given: Sequence[Schedule], groups: Sequence[Any]) -> None:
-    if len(given) != len(groups):
-        counts = f"{len(given)} schedules for {len(groups)} param groups"
-        raise ValueError(f"{called}: got {counts}. Give one for all, or one for each.")
-
-
-def _is_one(part: schedule, given: Any, many: bool) -> None:
-    torchs = isinstance(given, LRScheduler)
-    if isinstance(given, ReduceLROnPlateau):
-        raise TypeError(
-            f"{part.called}: ReduceLROnPlateau waits for a metric, which nobody gives it here. "
-            'Write lt.schedules.plateau(lt.lowest("val/loss")), which reads it off the run.'
-        )
-    if isinstance(given, type) or not (callable(given) or torchs) or (torchs and (many or part.option != "lr")):
-        raise TypeError(
-            f"{part.called}: schedule must be one of lt.schedules, a torch scheduler (for all learning rates) or a "
-            f"function of (done, total, base), got {given!r}. A class needs its options first: lt.schedules.cosine()."
-        )
-    if torchs and given.optimizer is not part.optimizer:
-        raise ValueError(f"{part.called}: the torch scheduler was made for another optimizer than the one given here.")
-
-
-def _is_warmup(part: schedule, field: object, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | epochs | schedules.warmup):
-        raise TypeError(
-            f"{part.called}: warmup must be a count, lt.epochs(n) or lt.schedules.warmup(...), got {value!r}."
-        )
-    if value and isinstance(part.schedule, LRScheduler):
-        raise ValueError(
-            f"{part.called}: warmup goes with lt.schedules only. With torch schedulers, put a LinearLR before yours "
-            "in torch.optim.lr_scheduler.SequentialLR."
-        )
-
-
-def _is_unit(part: schedule, field: object, by: Any) -> None:
-    if by not in UNITS:
-        raise ValueError(f"{part.called}: by must be one of {', '.join(map(repr, UNITS))}, got {by!r}.")
 
 
 def _show(given: Any) -> str:
@@ -105,17 +39,20 @@ class schedule:
 
     A group's base value is its ``"initial_lr"`` (``"initial_weight_decay"`` ...) if it has one, as with torch's
     schedulers, else what the option is. What was written last stands in its ``"scheduled_lr"``, so that several phases
-    can schedule one optimizer. A value changed by hand rescales all that follows, which is said once; where the value
+    can schedule one optimizer. A learning rate or weight decay that began at 0, while another group's did not, was set
+    apart, as by `param_groups`: it stays at 0 under one schedule for all; a list of schedules is obeyed.
+
+    A value changed by hand rescales all that follows, which is said once; where the value
     in force was 0, the hand's value holds for that iteration. (Values that are tensors are filled, and not looked at.)
     ``"momentum"`` is the group's ``"momentum"`` or the first of its ``"betas"``. Sets ``state.lr``, or
-    ``state.gauges`` under the option's name, to the first group's value.
+    ``state.gauges`` under the option's name, to the first group's value; a second optimizer's is ``"lr#2"`` there.
 
     Args:
         optimizer: Its param groups are set.
         option: Name of the option, such as ``"weight_decay"``; `schedule_lr` and `schedule_momentum` have their own.
         schedule: One of ``lt.schedules`` or a function of (done, total, base); a list of one for each param group; or
             for the learning rate a ``torch.optim.lr_scheduler``, which is stepped after each update (or iteration, or
-            epoch) just as in a loop by hand.
+            epoch) just as in a loop by hand: when the next state comes, or the run ends.
         warmup: Updates over which the value grows linearly from a tenth of the schedule's to the whole (iterations,
             with ``by="iteration"``); ``lt.epochs(n)``; or ``lt.schedules.warmup(...)``. A momentum is divided by the
             factor, which then begins at 0.95, so that it begins high.
@@ -135,17 +72,20 @@ class schedule:
         [0.1, 0.2]
     """
 
-    optimizer: Optimizer = attrs.field(validator=_is_optimizer, repr=lambda optimizer: type(optimizer).__name__)
-    option: str = attrs.field(validator=_is_option, repr=False)  # the part's name says it
-    schedule: Schedule | LRScheduler | Sequence[Schedule] = attrs.field(validator=_is_schedule, repr=_show)
-    warmup: int | epochs | schedules.warmup = attrs.field(default=0, kw_only=True, validator=_is_warmup)
-    by: Literal["update", "iteration", "epoch"] = attrs.field(default="update", kw_only=True, validator=_is_unit)
+    optimizer: Optimizer = attrs.field(validator=is_optimizer, repr=lambda optimizer: type(optimizer).__name__)
+    option: str = attrs.field(validator=is_option, repr=False)  # the part's name says it
+    schedule: Schedule | LRScheduler | Sequence[Schedule] = attrs.field(validator=is_schedule, repr=_show)
+    warmup: int | epochs | schedules.warmup = attrs.field(default=0, kw_only=True, validator=is_warmup)
+    by: Literal["update", "iteration", "epoch"] = attrs.field(default="update", kw_only=True, validator=is_unit)
     stepped: int = attrs.field(default=0, init=False, repr=False)  # of a torch scheduler
     _initial: str = attrs.field(init=False)  # keys in the param groups: the base value,
     _written: str = attrs.field(init=False)  # what was written last,
     _by_hand: str = attrs.field(init=False)  # and the factor that a hand's change makes
+    _gauge: str = attrs.field(default="", init=False)  # where the value is shown; empty for state.lr
     _total: int | None = attrs.field(default=None, init=False)
-    _schedules: list[Schedule] = attrs.field(factory=list, init=False)  # one for each group, within the run
+    _bound: list[Schedule] = attrs.field(factory=list, init=False)  # what was given, within the run
+    _schedules: list[Schedule] = attrs.field(factory=list, init=False)  # one for each group
+    _run: Run | None = attrs.field(default=None, init=False)
     _warmup: schedules.warmup = attrs.field(init=False)
     _ready: bool = attrs.field(default=False, init=False)
 
@@ -155,6 +95,7 @@ class schedule:
         if self.warmup != 0 and not isinstance(self.warmup, schedules.warmup):
             self.warmup = schedules.warmup(self.warmup, ratio=0.95 if option == "momentum" else 0.1)
         self._warmup = self.warmup or schedules.warmup()  # type: ignore[assignment]
+        self._gauge = "" if option == "lr" else option
 
     @property
     def __name__(self) -> str:
@@ -174,7 +115,12 @@ class schedule:
 
     def on_build(self, run: Run) -> None:
         """See that the schedule and the run's length go together."""
-        self._ready = True
+        self._ready, self._run = True, run
+        for line in run.cursor.lines.values():
+            alike = [s.part for s in line if isinstance(s.part, schedule) and s.part.option == self.option]
+            number = next((n for n, part in enumerate(alike, 1) if part is self), 1)
+            if number > 1:  # of another optimizer
+                self._gauge = f"{self.option}#{number}"
         if isinstance(self.schedule, LRScheduler):
             return
         given: Any = self.schedule if isinstance(self.schedule, list | tuple) else [self.schedule]
@@ -186,7 +132,7 @@ class schedule:
                     "training source has no length. Bound the run with max_iterations=, or give the entry a length: "
                     "(train, lt.iterations(1000))" + (", and use by='iteration'." if self.by == "update" else ".")
                 )
-        self._schedules = [bind(one, run, self._total) for one in given]
+        self._bound = [bind(one, run, self._total) for one in given]
         self._stretch()
         warmup: Any = self.warmup or schedules.warmup()
         self._warmup = warmup.bound(run, "iteration" if self.by == "iteration" else "update", self.optimizer)
@@ -212,13 +158,14 @@ class schedule:
 
     def on_start(self, run: Run) -> None:
         """In a fresh run, begin from the base value; from the hand's, if it was changed since another run wrote it."""
-        if run.resumed or isinstance(self.schedule, LRScheduler):
+        if isinstance(self.schedule, LRScheduler):
             return
-        for group in self.optimizer.param_groups:
+        for group in () if run.resumed else self.optimizer.param_groups:
             held, written = self.held(group), group.pop(self._written, None)
             if written is not None and held != written:
                 group[self._initial] = held
             group.pop(self._by_hand, None)
+        self._stretch()
 
     # At each iteration
 
@@ -251,10 +198,13 @@ class schedule:
                         group[option] = group[written] = factor * value * group.get(by_hand, 1.0)
                     else:
                         self._write(group, factor * value, done)
-            if option == "lr":
-                state.lr = groups[0][option]
+            shown = self.held(groups[0]) if divides else groups[0][option]
+            if isinstance(shown, Tensor):  # it is filled again
+                shown = shown.detach().clone()
+            if self._gauge:
+                state.gauges[self._gauge] = shown
             else:
-                state.gauges[option] = self.held(groups[0])
+                state.lr = shown
             yield state
 
     def held(self, group: dict[str, Any]) -> Any:
@@ -290,20 +240,32 @@ class schedule:
             group[self._written] = held
             return False
         group[self._by_hand] = group.get(self._by_hand, 1.0) * held / written
-        warnings.warn(
+        warn(
             f"{self.called}: {self.option} was changed by hand from {written:g} to {held:g}; "
-            f"what follows is scaled by {group[self._by_hand]:g}.",
-            stacklevel=2,
+            f"what follows is scaled by {group[self._by_hand]:g}."
         )
         return True
 
     def _stretch(self) -> None:
-        """One schedule goes for all groups, also for those that are added later."""
+        """One schedule goes for all groups, also for those that are added later, but for those that are set apart."""
         groups = self.optimizer.param_groups
         if isinstance(self.schedule, list | tuple):
-            _require_one_each(self.called, self.schedule, groups)
-        else:
-            self._schedules = self._schedules[:1] * len(groups)
+            require_one_each(self.called, self.schedule, groups)
+            self._schedules = self._bound
+            return
+        bases = {str(n): group.get(self._initial, self.held(group)) for n, group in enumerate(groups)}
+        apart = [self.option in APART and not base for base in read(bases).values()]
+        still = schedules.constant()
+        self._schedules = [still if aside and not all(apart) else self._bound[0] for aside in apart]
+
+    def close(self) -> None:
+        """Step torch's scheduler once more when the run is over, as the loop by hand has."""
+        if self._run is not None and self._run.ended and isinstance(self.schedule, LRScheduler):
+            progress = self._run.progress
+            updates = progress.updates.get(self.optimizer, 0)
+            self._step(
+                self.schedule, {"update": updates, "iteration": progress.iteration, "epoch": progress.epoch}[self.by]
+            )
 
     def _step(self, scheduler: LRScheduler, done: int) -> None:
         for _ in range(done - self.stepped):

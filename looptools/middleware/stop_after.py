@@ -25,7 +25,8 @@ class stop_after:
 
     Unlike ``max_epochs=`` and ``max_iterations=``, which end the training and let the round be completed, it stops
     there and then, and schedules know nothing of it. It stops a run once: after ``run.extend(...)`` the run goes on to
-    its own end, unless it was resumed with another *when*.
+    its own end, unless it was resumed with another *when*. A predicate, which is known by its name alone, may stop it
+    again once it has been false in the like place (of the same phase, the last of a pass or not).
 
     Args:
         when: A number of training iterations, ``lt.iterations(n)``, ``lt.epochs(n)``, ``lt.rounds(n)``,
@@ -33,7 +34,7 @@ class stop_after:
             ``lt.target("val/accuracy", at_least=0.97)``, or a predicate of the state.
 
     Raises:
-        LookupError: If nobody has written the metric of a target after the first round.
+        LookupError: If a phase of the workflow has not written a target's metric after the first round.
 
     Example:
         >>> phase = lt.train(None, [1.0] * 10, lambda model, batch: {"x": batch})
@@ -43,7 +44,8 @@ class stop_after:
     """
 
     when: int | Interval = attrs.field(converter=_interval)
-    stopped: str = attrs.field(default="", init=False, repr=False)  # at what
+    stopped: str = attrs.field(default="", init=False, repr=False)  # at what,
+    place: list[Any] = attrs.field(factory=list, init=False, repr=False)  # and in which: phase, whether last
 
     def on_build(self, run: Run) -> None:
         """See that it stands behind what it looks at."""
@@ -52,12 +54,23 @@ class stop_after:
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         when: Any = self.when
         reached: Callable[[State], Any] = getattr(when, "reached", when)
-        words = _in_words(when)
+        words, is_predicate = _in_words(when), not hasattr(when, "reached") and not isinstance(when, target)
         for state in states:
-            if self.stopped != words and reached(state):
-                self.stopped = words
-                state.stop(f"stop_after: {words}")
+            if self.stopped != words:
+                if reached(state):
+                    self._stop(words, state)
+            elif is_predicate and self.place == [state.phase, state.last] and not reached(state):
+                self.stopped = ""
             yield state
+
+    def on_results(self, state: State) -> None:
+        """Look whether a validation beside the workflow reaches the target."""
+        if isinstance(self.when, target) and self.stopped != _in_words(self.when) and self.when(state):
+            self._stop(_in_words(self.when), state)
+
+    def _stop(self, words: str, state: State) -> None:
+        self.stopped, self.place = words, [state.phase, state.last]
+        state.stop(f"stop_after: {words}")
 
 
 def _in_words(when: Any) -> str:

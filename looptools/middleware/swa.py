@@ -34,10 +34,11 @@ def _within_training(part: Any, field: Any, value: Any) -> None:
 
 @attrs.define(eq=False, on_setattr=attrs.setters.NO_OP)
 class swa:
-    """Take the weights into an equal average at the end of each *every*, once *start* is reached.
+    """Take the weights into an equal average when *start* is reached, and at each *every* from there on.
 
     Stands behind ``update``, and calls ``averaged.update_parameters(state.model)``: stochastic weight averaging
-    (Izmailov et al. 2018, algorithm 1). The weights that stand when *start* is reached are the first, as there.
+    (Izmailov et al. 2018, algorithm 1). The weights that stand when *start* is reached are the first, as there; where
+    *start* counts iterations and *every* epochs, those at the end of that epoch.
 
     BatchNorm statistics are those of the newest weights until they are renewed: an entry of the workflow that is a
     plain function does that, and the average is judged after it. The learning rate is a schedule's affair:
@@ -47,7 +48,8 @@ class swa:
     Args:
         averaged: The average. It belongs to you; the part only has it updated.
         start: Training that comes first: ``lt.epochs(n)`` or a number of iterations.
-        every: How often: ``lt.epochs(n)``, a number of training iterations, or a predicate of the state.
+        every: How often from there on: ``lt.epochs(n)`` or a number of training iterations, counted from the first
+            average; or ``lt.samples(n)``, ``lt.seconds(n)`` or a predicate of the state, which know nothing of *start*.
 
     Raises:
         ValueError: If *averaged* was made of another model than the phase trains, when the run is built.
@@ -70,6 +72,7 @@ class swa:
     every: int | Interval = attrs.field(
         factory=lambda: epochs(1), kw_only=True, converter=interval, validator=_within_training
     )
+    first: int | None = attrs.field(default=None, init=False, repr=False)  # epoch or iteration of the first average
     closes_pass: ClassVar[bool] = True
 
     def on_build(self, run: Run) -> None:
@@ -77,10 +80,9 @@ class swa:
         require_same_model(self, run)
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
-        is_due: Any = self.every
         at_ends = isinstance(self.every, epochs)  # a pass ends, also where its last batch was dropped
         for state in states:
-            if state.trains and (at_ends or not state.dropped) and self._has_begun(state) and is_due(state):
+            if state.trains and (at_ends or not state.dropped) and self._has_begun(state) and self._is_due(state):
                 state.committed = state.committed or AVERAGED
                 self.averaged.update_parameters(state.model)
             yield state
@@ -90,6 +92,20 @@ class swa:
         if isinstance(start, iterations):
             return state.iteration + 1 >= start.n
         return state.epoch >= start.n or (state.epoch + 1 == start.n and state.last)
+
+    def _is_due(self, state: State) -> bool:
+        """Whether *every* is full, counted from the first average."""
+        every: Any = self.every
+        if not isinstance(every, iterations | epochs):
+            return bool(every(state))
+        at_ends = isinstance(every, epochs)
+        done = 1 + (state.epoch if at_ends else state.iteration)
+        if self.first is not None and (done - self.first) % every.n:
+            return False
+        if at_ends and not state.last:
+            return False
+        self.first = done if self.first is None else self.first
+        return True
 
     def leaves(self, state: State) -> str:
         """What a failure in the middle of this part can leave behind."""

@@ -26,7 +26,8 @@ class timer:
     goes on taking the share that it has taken so far: before the first validation it knows nothing of it.
 
     Piped onto the last place of a phase, its means are in ``run.results`` too; piped onto the run before ``log``, it
-    sees all phases and times the run's parts before it, and its numbers are in the log's rows between passes.
+    sees all phases and times the run's parts before it, and its numbers are in the log's rows between passes. Behind
+    ``log`` they are in no row.
 
     All are seconds that the run was at work: your own code between two states is not counted. On a GPU they are the
     host's: the device may be behind, and waiting for it counts where somebody reads a tensor. The timer reads none.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from torch.nn import Module
 
+from ..gradients import optimizers_in, parameters_of
 from ..intervals import Interval, interval
 from ..state import State
+from ..warn import warn
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -72,9 +73,8 @@ class unused_params:
         else:
             cure = "Use them in the step, or freeze them: lt.freeze(...), or requires_grad_(False)."
         self._tell(unreached, f"{where} the loss did not reach {_listed(unreached)}. {cure}")
-        found = None if state.run is None else state.run.optimizer
-        known = list(found.values()) if isinstance(found, dict) else [found] if found is not None else []
-        held = {id(p) for optimizer in known for group in optimizer.param_groups for p in group["params"]}
+        known = [] if state.run is None else optimizers_in(state.run)
+        held = set(map(id, parameters_of(known)))
         loose = [name for name, parameter in named if id(parameter) not in held] if known else []
         cure = "Give them to one: torch.optim.SGD(model.parameters(), ...), or freeze them."
         self._tell(loose, f"{where} no optimizer of the run holds {_listed(loose)}. {cure}")
@@ -83,7 +83,7 @@ class unused_params:
         key = (message.partition("the loss")[1], *names)
         if names and key not in self._told:
             self._told.add(key)
-            warnings.warn(message, stacklevel=3)
+            warn(message)
 
 
 def _listed(names: list[str], most: int = 8) -> str:

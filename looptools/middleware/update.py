@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import torch
@@ -11,10 +12,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ..checks import require_optimizer
-from ..scaling import settle, step
+from ..gradients import CLOSED, MOVED, OPEN, SKIPPED
+from ..scaling import forget_dropped, settle, step
 from ..state import State
 
-MOVED = "update has moved the weights"
+if TYPE_CHECKING:
+    from ..run import Run
+
+HAS_MOVED = "update has moved the weights"
 
 
 def count_update(state: State, optimizer: Optimizer) -> None:
@@ -22,6 +27,15 @@ def count_update(state: State, optimizer: Optimizer) -> None:
     if state.run is not None:
         counts = state.run.progress.updates
         counts[optimizer] = counts.get(optimizer, 0) + 1
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step asks for a closure, as SAM's does."""
+    try:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+    except ValueError:
+        return False
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _steps_alone(part: update, field: object, optimizer: Any) -> None:
@@ -35,6 +49,12 @@ def _steps_alone(part: update, field: object, optimizer: Any) -> None:
         raise TypeError(
             "update: LBFGS evaluates the loss several times a step (a closure), which update does not do. "
             "Write lt.optimize(lbfgs), or lt.update_by_closure(lbfgs) in place of backward and update."
+        )
+    if _needs_closure(optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(
+            f"update: the step of {kind} asks for a closure. Write lt.update_by_closure(optimizer) in place of "
+            "backward and update; with gradients_first=True if step wants gradients to be there, as SAM's does."
         )
 
 
@@ -50,6 +70,7 @@ class update:
     Where one ``backward`` fills the gradients of several optimizers, each has an update of its own. With a scaler one
     may move while another's step is skipped, as in torch's own recipe: each move is counted for itself, the scale
     changes behind the last of them, and ``state.updates`` is then whether any has moved (until then it stays True).
+    Where several losses share a scaler (a GAN's), it changes once an iteration too, behind the pipe's last update.
 
     Args:
         optimizer: The optimizer.
@@ -71,21 +92,45 @@ class update:
         default=None, kw_only=True, repr=lambda s: "None" if s is None else "GradScaler"
     )
 
+    _settles: bool = attrs.field(default=True, init=False, repr=False)  # no update behind it shares the scaler
+    closes_pass: ClassVar[bool] = True  # the scale changes before a checkpoint at the pass's end
+
+    def on_build(self, run: Run) -> None:
+        """Look for other updates with the same scaler: the last one in the pipe has the scale change."""
+        for line in run.cursor.lines.values():
+            parts = [slot.part for slot in line]
+            at = next((number for number, part in enumerate(parts) if part is self), None)
+            if at is not None:
+                self._settles = not any(isinstance(p, update) and p.scaler is self.scaler for p in parts[at + 1 :])
+
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:
+            if state.dropped:
+                if self.scaler is not None:
+                    forget_dropped(self.scaler, state)
+                yield state
+                continue
             if state.lr is None:
                 state.lr = self.optimizer.param_groups[0]["lr"]
-            if state.updates:
-                state.committed = MOVED
+            if state.updates and state.windows.get(self.optimizer) != OPEN:  # another one's may have closed
+                state.committed = HAS_MOVED
                 if self.scaler is None:
                     self.optimizer.step()
                     count_update(state, self.optimizer)
+                    state.windows[self.optimizer] = MOVED
                 else:
-                    moved = step(self.scaler, self.optimizer)
-                    if moved:
-                        count_update(state, self.optimizer)
-                    state.updates = settle(self.scaler, self.optimizer, moved)
+                    self._scaled_step(self.scaler, state)
             yield state
+
+    def _scaled_step(self, scaler: GradScaler, state: State) -> None:
+        """Step unless gradients are not finite; the state updates if one that closed with it has moved, or may."""
+        moved = step(scaler, self.optimizer)
+        if moved:
+            count_update(state, self.optimizer)
+        state.windows[self.optimizer] = MOVED if moved else SKIPPED
+        windows = state.windows.values()
+        state.updates = CLOSED in windows or MOVED in windows
+        settle(scaler, self.optimizer, self._settles)
 
     def leaves(self, state: State) -> str:
         """What a failure in the middle of this part can leave behind."""

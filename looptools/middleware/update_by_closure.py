@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..checks import is_optimizer, positive
 from ..state import State
 from .backward import refuse
-from .update import MOVED, count_update
+from .update import HAS_MOVED, count_update
 
 _CURE = "to leave gradients as they are, leave it out"
 
@@ -82,7 +82,7 @@ class update_by_closure:
             if self.gradients_first and loss is not None:
                 self._differentiate(state, loss)
                 loss = None
-            state.updates, state.committed = True, MOVED
+            state.updates, state.committed = True, HAS_MOVED
             before = _Before(self.optimizer)
             try:
                 self.optimizer.step(_closure(self, state, loss))
@@ -111,7 +111,7 @@ class update_by_closure:
 
     def leaves(self, state: State) -> str:
         """What a failure in the middle of this part can leave behind."""
-        kept = isinstance(self.optimizer, torch.optim.LBFGS) or state.committed != MOVED
+        kept = isinstance(self.optimizer, torch.optim.LBFGS) or state.committed != HAS_MOVED
         return "" if kept else "the optimizer's own memory may have moved, and would move again"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..intervals import Interval, interval
+from ..means import read
 from ..state import State
-from .backward import backward
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -48,7 +49,8 @@ class watch:
         weights: Whether weights are watched.
         gradients: Whether gradients are watched.
         histograms: Also give all values, as ``"weights/<name>"`` and ``"gradients/<name>"``, to each part of the run
-            that has a method ``histogram(tag, values)``, as ``log`` does. That reads the device.
+            that has a method ``histogram(tag, values)``, as ``log`` does. That reads the device. Tensors without a
+            finite value are left out.
 
     Raises:
         ValueError: If it stands before backward, or nobody takes the histograms.
@@ -71,27 +73,20 @@ class watch:
     gradients: bool = attrs.field(default=True, kw_only=True, validator=attrs.validators.instance_of(bool))
     histograms: bool = attrs.field(default=False, kw_only=True, validator=attrs.validators.instance_of(bool))
     waits: bool = attrs.field(default=False, init=False, repr=False)  # due, until a window closes
+    _seen: Callable[[], State | None] | None = attrs.field(default=None, init=False, repr=False)  # the state
+    _given: set[str] = attrs.field(factory=set, init=False, repr=False)  # whose histograms of these tags are given
 
     def __attrs_post_init__(self) -> None:
         if not (self.weights or self.gradients):
             raise ValueError("watch: there is nothing to watch. To leave both out, drop this middleware.")
 
     def on_build(self, run: Run) -> None:
-        """See that there will be gradients, and somebody for the histograms."""
+        """See that there is somebody for the histograms."""
         if self.histograms and not self._takers(run):
             raise ValueError(
                 "watch: histograms=True, but no part of the run takes them. Pipe a log with a folder onto the run: "
                 "lt.workflow(...) | lt.log(folder)."
             )
-        for line in run.cursor.lines.values():
-            parts = [slot.part for slot in line]
-            if self.gradients and any(part is self for part in parts):
-                first = next(part for part in parts if part is self or isinstance(part, backward))
-                if first is self and any(isinstance(part, backward) for part in parts):
-                    raise ValueError(
-                        "watch: it stands before backward, where gradients are those of the iteration before. Put it "
-                        "behind: train | lt.backward(optimizer) | lt.watch(model) | lt.update(optimizer)."
-                    )
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         due: Any = self.every
@@ -103,7 +98,7 @@ class watch:
             yield state
 
     def _look(self, state: State) -> None:
-        takers = self._takers(state.run) if self.histograms and not state.replayed else ()
+        shown: dict[str, Tensor] = {}
         parameters: Any = self.model
         for name, parameter in parameters.items():
             pairs = [("weight", parameter.detach())] if self.weights else []
@@ -112,8 +107,19 @@ class watch:
             for kind, values in pairs:
                 values = values.coalesce().values() if values.is_sparse else values
                 state.metrics[f"{kind}_norm/{name}"] = _norm(values)
-                for part in takers:
-                    part.histogram(f"{'weights' if kind == 'weight' else 'gradients'}/{name}", values)
+                shown[f"{'weights' if kind == 'weight' else 'gradients'}/{name}"] = values
+        if self.histograms and not state.replayed:
+            self._show(shown, state)
+
+    def _show(self, shown: dict[str, Tensor], state: State) -> None:
+        """Give the histograms; where one could not be written, the state comes again for the rest."""
+        if self._seen is None or self._seen() is not state:
+            self._seen, self._given = weakref.ref(state), set()
+        finite = read({tag: values.isfinite().any() for tag, values in shown.items()})
+        for tag in [tag for tag in shown if finite[tag] and tag not in self._given]:
+            for part in self._takers(state.run):
+                part.histogram(tag, shown[tag])
+            self._given.add(tag)
 
     @staticmethod
     def _in_window(state: State) -> bool:
@@ -128,7 +134,7 @@ class watch:
 
 
 def _norm(values: Tensor) -> Tensor:
-    """The Euclidean norm, of half precision in single: squares of fp16 overflow at 256."""
+    """The Euclidean norm, of half precision in single: one above 65504 would be inf in fp16."""
     half = values.dtype in (torch.float16, torch.bfloat16)
     norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if half else None)
     return norm

@@ -44,7 +44,7 @@ class cosine:
         [1.0, 0.854, 0.5, 0.146]
     """
 
-    end: float = attrs.field(default=0.0, validator=number)
+    end: float = attrs.field(default=0.0, kw_only=True, validator=number)
     end_ratio: float | None = attrs.field(default=None, kw_only=True, validator=instead_of_end)
     needs_total: ClassVar[bool] = True
 
@@ -72,7 +72,7 @@ class linear:
         [1.0, 0.875, 0.75, 0.625]
     """
 
-    end: float = attrs.field(default=0.0, validator=number)
+    end: float = attrs.field(default=0.0, kw_only=True, validator=number)
     end_ratio: float | None = attrs.field(default=None, kw_only=True, validator=instead_of_end)
     needs_total: ClassVar[bool] = True
 
@@ -97,7 +97,7 @@ class poly:
     """
 
     power: float = attrs.field(default=1.0, validator=positive(CONSTANT))
-    end: float = attrs.field(default=0.0, validator=number)
+    end: float = attrs.field(default=0.0, kw_only=True, validator=number)
     needs_total: ClassVar[bool] = True
 
     def __call__(self, done: int, total: int | None, base: float) -> float:

@@ -28,39 +28,57 @@ def _room_for_three(part: Any, field: Any, three_phase: Any) -> None:
         )
 
 
-def _reaching(cycle: one_cycle | one_cycle_momentum, total: int | None) -> Schedule:
-    """*cycle* itself, if it has steps enough for the run."""
-    if total is not None and cycle.total is not None and total > cycle.total:
-        raise ValueError(
-            f"{type(cycle).__name__}: its total is {cycle.total} steps, but the run has {total}. "
-            "Leave total out to have one cycle over the whole run."
-        )
-    return cycle
+@attrs.frozen(eq=False)
+class _OneCycle:
+    """What the two halves of the one-cycle policy share."""
 
+    rising: float = attrs.field(default=0.3, kw_only=True, validator=between(0, 1))
+    three_phase: bool = attrs.field(default=False, kw_only=True, validator=_room_for_three)
+    anneal: Anneal = attrs.field(default="cosine", kw_only=True, validator=one_of("cosine", "linear"))
+    total: int | None = attrs.field(default=None, kw_only=True, validator=attrs.validators.optional(whole()))
 
-def _along(cycle: one_cycle | one_cycle_momentum, done: int, total: int | None, values: list[float]) -> float:
-    """The value at step *done* of a cycle through *values*: up, down, and out.
+    @property
+    def needs_total(self) -> bool:
+        """Whether it must be told how many steps there are."""
+        return self.total is None
 
-    The ends of its phases are those of torch's OneCycleLR: they need not be whole, so that no step may meet the peak.
-    """
-    steps: Any = cycle.total or total  # its being there is checked when the run is built
-    peak = cycle.rising * steps - 1
-    ends = [peak, 2 * peak, steps - 1] if cycle.three_phase else [peak, steps - 1]
-    begin = 0.0
-    for phase, end in enumerate(ends):
-        if done <= end or phase == len(ends) - 1:
-            break
-        begin = end
-    x = min((done - begin) / (end - begin), 1.0) if end > begin else 1.0
-    return CURVES[cycle.anneal](values[phase], values[phase + 1], x)
+    def bound(self, run: Run, total: int | None) -> Schedule:
+        """Itself, if its own *total* reaches to the end of the run."""
+        if total is not None and self.total is not None and total > self.total:
+            raise ValueError(
+                f"{type(self).__name__}: its total is {self.total} steps, but the run has {total}. "
+                "Leave total out to have one cycle over the whole run."
+            )
+        return self  # type: ignore[return-value]  # the halves can be called
+
+    def _along(self, done: int, total: int | None, values: list[float]) -> float:
+        """The value at step *done* of a cycle through *values*: up, down, and out.
+
+        The ends of its phases are those of torch's OneCycleLR: they need not be whole, so that no step may meet the
+        peak.
+        """
+        steps: Any = self.total or total  # its being there is checked when the run is built
+        peak = self.rising * steps - 1
+        ends = [peak, 2 * peak, steps - 1] if self.three_phase else [peak, steps - 1]
+        begin = 0.0
+        for phase, end in enumerate(ends):
+            if done <= end or phase == len(ends) - 1:
+                break
+            begin = end
+        x = min((done - begin) / (end - begin), 1.0) if end > begin else 1.0
+        return CURVES[self.anneal](values[phase], values[phase + 1], x)
 
 
 @attrs.frozen(eq=False)
-class one_cycle:
+class one_cycle(_OneCycle):
     """From peak / div up to *peak*, then down to peak / div / final_div, over the whole run.
 
-    Source: Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates";
-    the formulas are those of ``torch.optim.lr_scheduler.OneCycleLR``. With `one_cycle_momentum` it is all of that.
+    From value a to b, at the fraction x of a phase: b + (a - b)(1 + cos(π · x)) / 2, or linear a + (b - a) · x. With
+    *total* steps the rise ends at rising · total - 1, the fall at total - 1; with three phases, first at
+    2 · rising · total - 2.
+    Source: Smith and Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates",
+    the "1cycle" policy; the formulas are those of ``torch.optim.lr_scheduler.OneCycleLR``. With `one_cycle_momentum` it
+    is all of that.
 
     Args:
         peak: The highest value, whatever base is; None takes the param group's base value.
@@ -81,34 +99,23 @@ class one_cycle:
     """
 
     peak: float | None = attrs.field(default=None, validator=attrs.validators.optional(number))
-    rising: float = attrs.field(default=0.3, kw_only=True, validator=between(0, 1))
     div: float = attrs.field(default=25.0, kw_only=True, validator=positive("to begin at the peak, give 1"))
     final_div: float = attrs.field(default=1e4, kw_only=True, validator=positive("to end as it began, give 1"))
-    three_phase: bool = attrs.field(default=False, kw_only=True, validator=_room_for_three)
-    anneal: Anneal = attrs.field(default="cosine", kw_only=True, validator=one_of("cosine", "linear"))
-    total: int | None = attrs.field(default=None, kw_only=True, validator=attrs.validators.optional(whole()))
-
-    @property
-    def needs_total(self) -> bool:
-        """Whether it must be told how many steps there are."""
-        return self.total is None
-
-    def bound(self, run: Run, total: int | None) -> Schedule:
-        """Itself, if its own *total* reaches to the end of the run."""
-        return _reaching(self, total)
 
     def __call__(self, done: int, total: int | None, base: float) -> float:
         peak = base if self.peak is None else self.peak
         first = peak / self.div
         last = first / self.final_div
-        return _along(self, done, total, [first, peak, first, last] if self.three_phase else [first, peak, last])
+        return self._along(done, total, [first, peak, first, last] if self.three_phase else [first, peak, last])
 
 
 @attrs.frozen(eq=False)
-class one_cycle_momentum:
+class one_cycle_momentum(_OneCycle):
     """The momentum that goes with `one_cycle`: from *high* down to *low* while the rate rises, then up again.
 
-    It does not look at the group's base value. Source: as for `one_cycle`.
+    It does not look at the group's base value. Formulas as for `one_cycle`, through *high*, *low* and *high* again.
+    Source: Smith, "A disciplined approach to neural network hyper-parameters: Part 1", section 4.3 (cyclical momentum),
+    and torch's OneCycleLR.
 
     Args:
         low: The lowest value.
@@ -129,22 +136,9 @@ class one_cycle_momentum:
 
     low: float = attrs.field(default=0.85, validator=number)
     high: float = attrs.field(default=0.95, validator=number)
-    rising: float = attrs.field(default=0.3, kw_only=True, validator=between(0, 1))
-    three_phase: bool = attrs.field(default=False, kw_only=True, validator=_room_for_three)
-    anneal: Anneal = attrs.field(default="cosine", kw_only=True, validator=one_of("cosine", "linear"))
-    total: int | None = attrs.field(default=None, kw_only=True, validator=attrs.validators.optional(whole()))
-
-    @property
-    def needs_total(self) -> bool:
-        """Whether it must be told how many steps there are."""
-        return self.total is None
-
-    def bound(self, run: Run, total: int | None) -> Schedule:
-        """Itself, if its own *total* reaches to the end of the run."""
-        return _reaching(self, total)
 
     def __call__(self, done: int, total: int | None, base: float) -> float:
-        return _along(self, done, total, [self.high, self.low, self.high, self.high])
+        return self._along(done, total, [self.high, self.low, self.high, self.high])
 
 
 @attrs.frozen(eq=False)

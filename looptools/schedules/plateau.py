@@ -25,9 +25,14 @@ def _is_best(part: Any, field: Any, best: Any) -> None:
 class plateau:
     """Multiply by *factor* whenever a result has not got better for more than *patience* passes.
 
-    Counts the passes of the phase that the metric names, whatever the part is stepped ``by``: what
-    ``torch.optim.lr_scheduler.ReduceLROnPlateau`` gives that is stepped by hand after each of them. It remembers
-    nothing: it goes through ``run.history``, which is saved. Drops of less than 1e-8 are left out, as torch does.
+    After k drops the value is max(base · factor^k, floor). A lowest result r is better than the best b so far where
+    r < b · (1 - threshold) (``"rel"``) or r < b - threshold (``"abs"``), a highest one where r > b · (1 + threshold) or
+    r > b + threshold. Source: ``torch.optim.lr_scheduler.ReduceLROnPlateau``, whose code it runs.
+
+    Counts the workflow's passes of the phase that the metric names, whatever the part is stepped ``by``, as torch's
+    does that is stepped by hand after each of them. Those of ``run.validate`` do not count, unless that phase is not in
+    the workflow, so that there are no others. It remembers nothing: it goes through ``run.history``, which is saved.
+    Drops of less than 1e-8 are left out, as torch does.
 
     Args:
         best: ``lt.lowest("val/loss")`` or ``lt.highest("val/accuracy")``.
@@ -98,8 +103,10 @@ class _Judge:
     def _catch_up(self, history: list[dict[str, Any]]) -> None:
         if self.seen > len(history) or (self.seen and history[self.seen - 1] is not self.newest):
             self._forget()  # it is another history: that of a resumed run
+        of_workflow = self.phase in self.run.cursor.passes.names.values()
         for row in history[self.seen :]:
-            if row["phase"] == self.phase and self.metric in row:
+            on_demand = of_workflow and row.get("on_demand", False)
+            if row["phase"] == self.phase and self.metric in row and not on_demand:
                 self.results.append(row[self.metric])
                 for scheduler in self.schedulers.values():
                     scheduler.step(row[self.metric])

@@ -25,7 +25,8 @@ class warmup:
     """A factor that grows from *ratio* to 1 over the first *count* steps.
 
     Linear (Goyal et al., "Accurate, Large Minibatch SGD", section 2.2): 1 - (1 - done/count)(1 - ratio).
-    Exponential: ratio^(1 - done/count). Constant: *ratio*. From step *count* on it is 1. The schedule
+    Exponential: ratio^(1 - done/count), mmcv's, a line on a logarithmic scale. Constant: *ratio* (He et al., "Deep
+    Residual Learning", section 4.2, begin so). From step *count* on it is 1. The schedule
     under it runs from step 0, unmoved. A momentum is divided by the factor instead, so that it begins high.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from time import sleep, time
+from time import time
 from typing import Any
 
 import attrs
@@ -12,7 +12,7 @@ import attrs
 from ..state import State
 from .files import set_aside
 from .redact import flat
-from .rows import FACTS, Row
+from .rows import FACTS, Row, trained
 
 
 @attrs.define(eq=False)
@@ -27,7 +27,7 @@ class TensorBoard:
 
     Example:
         >>> sink = TensorBoard(folder)
-        >>> sink.write({"kind": "pass", "phase": "val", "iteration": 9, "loss": 0.5}, State(phase="val", iteration=9))
+        >>> sink.write({"kind": "pass", "phase": "val", "trained": 10, "loss": 0.5}, State(phase="val"))
         >>> sink.close()
         >>> [path.name for path in folder.iterdir()]
         ['val']
@@ -43,7 +43,7 @@ class TensorBoard:
         return attrs.evolve(self)
 
     def write(self, row: Row, state: State) -> None:
-        writer, step = self._writer(state)
+        writer, step = self._writer(state, row["trained"])
         whole = row["kind"] == "pass"
         for key, value in row.items():
             if key not in FACTS:
@@ -84,7 +84,7 @@ class TensorBoard:
         else:
             for path in folders:
                 if path.name != "hparams":
-                    _let_a_second_pass(path)
+                    _come_before_now(path)
                     self._open(path.name, mark.get(path.name, -1) + 1)
         self._steps = dict(mark or {})
 
@@ -94,8 +94,8 @@ class TensorBoard:
         while self._writers:
             self._writers.popitem()[1].close()
 
-    def _writer(self, state: State) -> tuple[Any, int]:
-        name, step = state.phase.replace("#", "-"), state.iteration + 1
+    def _writer(self, state: State, step: int | None = None) -> tuple[Any, int]:
+        name, step = state.phase.replace("#", "-"), trained(state) if step is None else step
         writer = self._writers.get(name) or self._open(name)
         self._steps[name] = max(step, self._steps.get(name, step))
         return writer, step
@@ -125,11 +125,14 @@ class TensorBoard:
             path.unlink()
 
 
-def _let_a_second_pass(folder: Path) -> None:
-    """See that a new file comes behind those in *folder*: their names begin with the second in which they were made.
+def _come_before_now(folder: Path) -> None:
+    """See that a new file comes behind those in *folder*, whatever the clock says.
 
-    TensorBoard reads files in the order of their names, and only what it has read can be hidden.
+    TensorBoard reads files in the order of their names, which begin with the second in which they were made, and only
+    what it has read can be hidden. Where that second is not over, numbers take its place.
     """
-    made = {path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")}
-    while str(int(time())) in made:
-        sleep(0.02)
+    names = sorted(path.name for path in folder.glob("events.out.tfevents.*"))
+    if names and names[-1].split(".")[3] >= f"{int(time()):010}":
+        for number, name in enumerate(names):
+            *start, _, end = name.split(".", 4)
+            (folder / name).replace(folder / ".".join([*start, f"{number:010}", end]))

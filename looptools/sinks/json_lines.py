@@ -14,6 +14,8 @@ from ..state import State
 from .files import GrowingFile
 from .rows import Row
 
+HPARAMS = '{"kind": "hparams"'  # the beginning of such a line
+
 
 @attrs.define(eq=False)
 class JsonLines:
@@ -42,7 +44,18 @@ class JsonLines:
         self._file.append(json.dumps(_finite(row)) + "\n")
 
     def hparams(self, values: Mapping[str, Any]) -> None:
-        self._file.append(json.dumps(_finite({"kind": "hparams", "hparams": values})) + "\n")
+        line = json.dumps(_finite({"kind": "hparams", "hparams": values})) + "\n"
+        if line != self._last_hparams():
+            self._file.append(line)
+
+    def _last_hparams(self) -> str:
+        """The newest row of them; a resumed run need not repeat it."""
+        last = ""
+        if self.path.exists():
+            with self.path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    last = line if line.startswith(HPARAMS) else last
+        return last
 
     def mark(self) -> int:
         """Bytes written so far."""

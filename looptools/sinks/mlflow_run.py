@@ -12,8 +12,8 @@ from typing import Any
 import attrs
 
 from ..state import State
-from .redact import flat, plain
-from .rows import FACTS, Row, tag_of
+from .redact import flat, plain, scrub
+from .rows import FACTS, Row, tag_of, trained
 
 AT_ONCE = 100  # parameters that MLflow takes in one call; of metrics it takes 1000
 
@@ -46,7 +46,7 @@ class MLflow:
     """
 
     experiment: str = attrs.field(default="Default", validator=attrs.validators.instance_of(str))
-    uri: str | None = attrs.field(default=None, kw_only=True, converter=_uri)
+    uri: str | None = attrs.field(default=None, kw_only=True, converter=_uri, repr=lambda uri: repr(uri and scrub(uri)))
     name: str | None = attrs.field(default=None, kw_only=True)
     tags: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True, converter=plain)
     _client: Any = attrs.field(default=None, init=False, repr=False)
@@ -65,7 +65,7 @@ class MLflow:
         from mlflow.entities import Metric
 
         client, run = self._opened()
-        step, now = state.iteration + 1, int(time.time() * 1000)
+        step, now = row["trained"], int(time.time() * 1000)
         values = {_name(tag_of(row, key.replace("/", "."), state)): row[key] for key in row if key not in FACTS}
         metrics = [Metric(k, v, now, step) for k, v in values.items() if step > self._reached.get(k, -1)]
         for begin in range(0, len(metrics), 10 * AT_ONCE):
@@ -134,4 +134,4 @@ def _name(key: str) -> str:
 
 
 def _path(kind: str, tag: str, state: State) -> str:
-    return _name(f"{kind}/{state.phase}/{tag}/{state.iteration + 1:08}")
+    return _name(f"{kind}/{state.phase}/{tag}/{trained(state):08}")

@@ -14,25 +14,23 @@ from torch import Tensor
 REDACTED = "<redacted>"
 LONGEST = 500  # characters of a value; MLflow took no more for long
 # Looked for in a key without its punctuation: `API-Key`, `apiKey` and `api_key` are one.
-PARTS: tuple[str, ...] = (
-    "password",
-    "passwd",
-    "passphrase",
-    "secret",
-    "credential",
-    "apikey",
-    "accesskey",
-    "privatekey",
-    "authkey",
-)
-PARTS += ("signingkey", "encryptionkey", "sshkey", "authtoken", "accesstoken", "connectionstring")
+PARTS: tuple[str, ...] = ("password", "passwd", "passphrase", "passcode", "secret", "credential", "connectionstring")
+PARTS += ("apikey", "accesskey", "privatekey", "authkey", "signingkey", "encryptionkey", "sshkey")
+PARTS += ("authtoken", "accesstoken", "apitoken", "bottoken", "hubtoken")
 WORDS = {"pwd", "auth", "oauth", "oauth2", "authorization", "bearer", "jwt", "cookie", "cookies"}
+LAST = {"pw", "pin"}  # words that say so at the end of a key
+LAST_OF_TEXTS = {"pass"}  # and where the value is a text: `pass=2` may count passes
+FIELDS = {"image", "input", "output", "label", "target", "data", "text", "sort", "primary", "column"}  # of a data set
+LAST_OF_SEVERAL = {"key", "pat"}  # `wandb_key`, `github_pat`; a key by itself may be anything
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_NUMBER = re.compile(r"[+-]?\d[\d_.]*(e[+-]?\d+)?", re.IGNORECASE)
 _FLAG = re.compile(r"--?[\w.-]+")
-_ASSIGNED = re.compile(
-    r"""(?<![\w.-])(?P<key>[\w.-]++)(?P<is>["']?\s*[=:]\s*)(?P<value>"[^"]*"|'[^']*'|[^\s,;&)}\]]+)"""
-)
+_VALUE = r"""(?!<redacted>)(?P<value>"[^"]*"|'[^']*'|[^\s,;&)}\]]+)"""
+_ASSIGNED = re.compile(rf"""(?<![\w.-])(?P<key>[\w.-]++)(?P<is>["']?\s*[=:]\s*){_VALUE}""")
+_FLAGGED = re.compile(rf"(?<!\S)(?P<key>--?[\w.-]++)(?P<is>\s+)(?!-){_VALUE}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
+_SIGNED = re.compile(r"(?i)(?<=[?&])((?:[\w.-]*sig(?:nature)?|key|code)=)[^&#\s\"']+")
+_HEADER = re.compile(r"""(?i)\b(authorization["']?\s*[=:]\s*["']?)(?:\w+\s+)?[^\s"',;]+""")
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+\S{6,}")
 
 
@@ -40,17 +38,19 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """*values* as nested dictionaries and lists of plain values; secrets are replaced by ``<redacted>``.
 
     What a key names as a secret (password, token, api_key, credentials, auth and the like) is replaced whole, and so
-    are passwords in addresses and in texts such as ``"--token=..."``. Numbers under a key such as ``max_tokens``
-    stay. What is not plain is shown by its ``repr``, in at most 500 characters.
+    are passwords in addresses and in texts such as ``"--token=..."``, the second of a pair ``("X-Api-Key", ...)``, and
+    the value of ``{"name": "password", "value": ...}``. Numbers under a key such as ``max_tokens`` stay. What is not
+    plain is shown by its ``repr``, in at most 500 characters.
 
     Example:
         >>> plain({"lr": 0.1, "hub": {"api_key": "abc"}, "url": "https://me:abc@host/data", "max_tokens": 512})
         {'lr': 0.1, 'hub': {'api_key': '<redacted>'}, 'url': 'https://<redacted>@host/data', 'max_tokens': 512}
     """
+    name = next((value for key, value in values.items() if str(key).lower() in ("name", "key")), None)
     result = {}
     for key, value in values.items():
-        secret = is_secret(str(key), value)
-        result[str(key)] = REDACTED if secret else _plain(value)
+        says = name if str(key).lower() == "value" and isinstance(name, str) else str(key)
+        result[str(key)] = REDACTED if is_secret(says, value) else _plain(value)
     return result
 
 
@@ -64,12 +64,16 @@ def is_secret(key: str, value: Any = "") -> bool:
     if value is None or isinstance(value, bool):
         return False
     words = [word.lower() for word in _WORD.findall(key)]
-    joined = "".join(words)
-    if any(part in joined for part in PARTS) or WORDS.intersection(words):
+    if not words:
+        return False
+    joined, last = "".join(words), words[-1]
+    if any(part in joined for part in PARTS) or WORDS.intersection(words) or last in LAST:
+        return True
+    number, several = isinstance(value, int | float), len(words) > 1
+    if not number and (last in LAST_OF_TEXTS or (several and last in LAST_OF_SEVERAL and words[-2] not in FIELDS)):
         return True
     tokens = any(word.endswith(("token", "tokens")) for word in words)
-    counts = isinstance(value, int | float) and len(words) > 1  # pad_token_id, max_tokens
-    return tokens and not counts
+    return tokens and not (number and several)  # pad_token_id, max_tokens
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,17 +100,25 @@ def _plain(value: Any) -> Any:
     if (fields := _fields(value)) is not None:
         return plain(fields)
     if isinstance(value, Sequence | Set) and not isinstance(value, str | bytes | bytearray):
-        return _list(list(value))
+        return _list(list(value), pair=isinstance(value, tuple))
     return _bounded(scrub(_text(value)))
 
 
-def _list(values: list[Any]) -> list[Any]:
-    """A list of plain values; what follows a flag such as ``--token`` is a secret."""
+def _list(values: list[Any], pair: bool) -> list[Any]:
+    """A list of plain values; what follows a flag such as ``--token``, or a name in a *pair*, is a secret."""
     before = ["", *values][: len(values)]
+    pair = pair and len(values) == 2
     return [
-        REDACTED if isinstance(flag, str) and _FLAG.fullmatch(flag) and is_secret(flag) else _plain(value)
-        for flag, value in zip(before, values, strict=True)
+        REDACTED
+        if isinstance(key, str) and (pair or _FLAG.fullmatch(key)) and is_secret(key, _read(value))
+        else _plain(value)
+        for key, value in zip(before, values, strict=True)
     ]
+
+
+def _read(value: Any) -> Any:
+    """A number that is written as a text."""
+    return 0 if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
 def _fields(value: Any) -> Mapping[str, Any] | None:
@@ -140,10 +152,15 @@ def scrub(text: str) -> str:
         'train --hub-token=<redacted> --lr=0.1'
     """
     text = _IN_URL.sub(f"{REDACTED}@", text)
-    text = _BEARER.sub(lambda found: f"{found[1]} {REDACTED}", text)
-    return _ASSIGNED.sub(
-        lambda found: f"{found['key']}{found['is']}{REDACTED}" if is_secret(found["key"]) else found[0], text
-    )
+    text = _SIGNED.sub(rf"\1{REDACTED}", text)
+    text = _HEADER.sub(rf"\1{REDACTED}", text)
+    text = _BEARER.sub(rf"\1 {REDACTED}", text)
+    return _FLAGGED.sub(_without_value, _ASSIGNED.sub(_without_value, text))
+
+
+def _without_value(found: re.Match[str]) -> str:
+    secret = is_secret(found["key"], _read(found["value"].strip("\"'")))
+    return f"{found['key']}{found['is']}{REDACTED}" if secret else found[0]
 
 
 def _bounded(text: str) -> str:

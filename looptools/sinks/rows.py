@@ -9,14 +9,15 @@ from typing import Any, Protocol
 from ..state import State
 
 Row = Mapping[str, Any]
-FACTS = ("kind", "phase", "epoch", "iteration", "index", "samples", "seconds")  # what a row says beside its values
+FACTS = ("kind", "phase", "epoch", "iteration", "index", "trained", "seconds")  # what a row says beside its values
 
 
 class Sink(Protocol):
     """What `log` writes to: any object with these two methods.
 
     A row is a mapping of names to plain values; its ``"kind"`` is ``"iterations"`` where it sums up some iterations,
-    ``"pass"`` where it sums up a pass. A sink opens its file when it first writes, and again after ``close()``.
+    ``"pass"`` where it sums up a pass, its ``"trained"`` the number of training iterations done by then: the step for
+    curves. A sink opens its file when it first writes, and again after ``close()``.
 
     Further methods are called where a sink has them:
 
@@ -64,6 +65,18 @@ def readable(key: str, value: Any) -> str:
         minutes, seconds = divmod(round(value), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def trained(state: State) -> int:
+    """Training iterations done by the end of *state*, as the parts see it: the step for curves.
+
+    Example:
+        >>> trained(State(phase="train", iteration=9))
+        10
+    """
+    if state.run is not None and not state.trains:  # a validation before any training says 0 as well
+        return state.run.progress.iteration
+    return state.iteration + 1
 
 
 def tag_of(row: Row, key: str, state: State) -> str:

@@ -12,7 +12,8 @@ import attrs
 
 from ..checks import one_of
 from ..state import State
-from .rows import FACTS, Row, tag_of
+from .redact import plain
+from .rows import FACTS, Row, tag_of, trained
 
 # W&B would also take down the command line, the machine, the installed packages, the code and what is printed.
 NOTHING_MORE: dict[str, Any] = {
@@ -74,7 +75,9 @@ class WandB:
     mode: Literal["online", "offline", "disabled"] | None = attrs.field(
         default=None, kw_only=True, validator=attrs.validators.optional(one_of("online", "offline", "disabled"))
     )
-    options: Mapping[str, Any] = attrs.field(factory=dict, kw_only=True, validator=_not_ours)
+    options: Mapping[str, Any] = attrs.field(
+        factory=dict, kw_only=True, validator=_not_ours, repr=lambda options: repr(plain(options))
+    )
     run: Any = attrs.field(default=None, init=False, repr=False)
     _id: str | None = attrs.field(default=None, init=False, repr=False)
 
@@ -86,23 +89,23 @@ class WandB:
         return attrs.evolve(self)
 
     def write(self, row: Row, state: State) -> None:
-        self._log({tag_of(row, key, state): value for key, value in row.items() if key not in FACTS}, state)
+        self._log({tag_of(row, key, state): value for key, value in row.items() if key not in FACTS}, row["trained"])
 
     def image(self, tag: str, image: Any, state: State) -> None:
         import wandb
 
-        self._log({f"{state.phase}/{tag}": wandb.Image(image)}, state)
+        self._show(tag, wandb.Image(image), state)
 
     def histogram(self, tag: str, values: Any, state: State) -> None:
         import numpy
         import wandb
 
-        self._log({f"{state.phase}/{tag}": wandb.Histogram(np_histogram=numpy.histogram(values, bins=64))}, state)
+        self._show(tag, wandb.Histogram(np_histogram=numpy.histogram(values, bins=64)), state)
 
     def text(self, tag: str, text: str, state: State) -> None:
         import wandb
 
-        self._log({f"{state.phase}/{tag}": wandb.Html(f"<pre>{html.escape(text)}</pre>", data_is_not_path=True)}, state)
+        self._show(tag, wandb.Html(f"<pre>{html.escape(text)}</pre>", data_is_not_path=True), state)
 
     def hparams(self, values: Mapping[str, Any]) -> None:
         self._opened().config.update(dict(values), allow_val_change=True)
@@ -120,8 +123,11 @@ class WandB:
             run, self.run = self.run, None
             run.finish()
 
-    def _log(self, values: dict[str, Any], state: State) -> None:
-        self._opened().log(values, step=state.iteration + 1)
+    def _show(self, tag: str, value: Any, state: State) -> None:
+        self._log({f"{state.phase}/{tag}": value}, trained(state))
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        self._opened().log(values, step=step)
 
     def _opened(self) -> Any:
         if self.run is None:

@@ -89,7 +89,8 @@ def pipes(
 def _workflow(agenda: Agenda, cursor: Cursor) -> str:
     bounds = {"epochs": agenda.max_epochs, "iterations": agenda.max_iterations, "rounds": agenda.max_rounds}
     until = " or ".join(f"{bound} {name[:-1] if bound == 1 else name}" for name, bound in bounds.items() if bound)
-    horizon = "" if cursor.passes.iterations is None else f" ({cursor.passes.iterations} iterations)"
+    known = cursor.passes.iterations is not None and agenda.max_iterations is None
+    horizon = f" ({cursor.passes.iterations} iterations)" if known else ""
     return f"workflow: {entries(agenda)}, until {until}{horizon}"
 
 

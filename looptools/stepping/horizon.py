@@ -54,12 +54,23 @@ def total(cursor: Cursor, by: str, optimizer: Optimizer | None, epochs: int | No
             for part in parts:
                 walked[id(part)][1].append(n)
         elif entry.trains:
-            everywhere = all(windows[id(e.phase)] for e in agenda.entries if e.trains)
-            one_each = all(part.updates_in([2]) == 2 for part, _ in walked.values())
-            return agenda.iterations(lengths) if everywhere and one_each else None
+            return _of_iterations(
+                agenda.iterations(lengths), [windows[id(e.phase)] for e in agenda.entries if e.trains]
+            )
     for part, passes in walked.values():
         updates += part.updates_in(passes)
     return updates
+
+
+def _of_iterations(iterations: int | None, phases: list[list[Any]]) -> int | None:
+    """Updates in so many iterations, by the parts that make them in each training phase, if passes do not matter."""
+    parts = [part for phase in phases for part in phase]
+    if iterations is None or not all(phases):
+        return None
+    if all(part.updates_in([2]) == 2 for part in parts):
+        return iterations
+    one = len(parts) == 1 and getattr(parts[0], "across_epochs", False)
+    return int(parts[0].updates_in([iterations])) if one else None
 
 
 def batches_after(cursor: Cursor, part: Any) -> int | None:

@@ -22,9 +22,10 @@ from ..means import read
 from ..middleware.backward import backward
 from ..middleware.forward import forward
 from ..phases import Phase
-from ..pipeline import Chain, Middleware, flatten
+from ..pipeline import Chain, Middleware, flatten, name_of
 from ..state import Progress, State
 from .kept import kept, require_repeatable
+from .mended import mended
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +132,8 @@ def lr_find(
         The learning rates, the losses, a suggestion, and ``plot()``.
 
     Raises:
-        RuntimeError: If an iteration is open, or a source can be walked through only once.
+        RuntimeError: If an iteration is open, a source can be walked through only once, or a model has lazy layers that
+            have not seen a batch.
         ValueError: If it is not plain which optimizer is meant.
 
     Example:
@@ -155,7 +157,7 @@ def lr_find(
         cursor.require_rest("lr_find")
         if cursor.state is not None:
             raise RuntimeError("lr_find: an iteration is open. Finish it first: next(run).")
-    phase, optimizer = _choose(run, optimizer)
+    phase, line, optimizer = _choose(run, optimizer)
     require_repeatable("lr_find", [phase])
     lrs = [low * (high / low) ** (n / (iterations - 1)) for n in range(iterations)]
     tried: list[float] = []
@@ -164,7 +166,7 @@ def lr_find(
     swept = attrs.evolve(phase, middlewares=_parts(phase, sweep, optimizer))
     trial = type(run)(Agenda((Entry(swept, 1, iterations),), max_rounds=1))
     if cursor is not None:
-        _go_on_from(cursor.lines[id(phase)], cursor.progress, trial)
+        _go_on_from(line, cursor.progress, trial)
     with kept(trial.cursor, optimizer):
         try:
             trial.to_end()
@@ -184,21 +186,27 @@ def _check(low: float, high: float, smooth: float, stop_at: float) -> None:
         raise ValueError(f"lr_find: stop_at must be above 1, got {stop_at!r}. To never stop, give math.inf.")
 
 
-def _choose(run: Run, optimizer: Optimizer | None) -> tuple[Phase, Optimizer]:
-    """The training phase to try, and the optimizer whose learning rate it is."""
-    phases = [phase for phase in run._agenda.phases if phase.trains]
+def _choose(run: Run, optimizer: Optimizer | None) -> tuple[Phase, list[Slot], Optimizer]:
+    """The training phase to try as it stands, its parts in the run, and the optimizer whose learning rate it is."""
+    cursor, phases = run._cursor, [phase for phase in run._agenda.phases if phase.trains]
+    lines = [[] if cursor is None else cursor.lines[id(phase)] for phase in phases]
+    phases = phases if cursor is None else [mended(cursor, phase) for phase in phases]
     if not phases:
         raise ValueError("lr_find: the run has no training phase.")
-    parts: list[tuple[Phase, Any]] = [(phase, part) for phase in phases for _, part in flatten(phase.middlewares)]
-    moved: list[tuple[Phase, Optimizer]] = [(phase, part.optimizer) for phase, part in parts if _moves(part)]
+    parts: list[tuple[int, Any]] = [
+        (n, part) for n, phase in enumerate(phases) for _, part in flatten(phase.middlewares)
+    ]
+    moved: list[tuple[int, Optimizer]] = [(n, part.optimizer) for n, part in parts if _moves(part)]
     if optimizer is not None:
-        return next((phase for phase, o in moved if o is optimizer), phases[0]), optimizer
+        n = next((n for n, o in moved if o is optimizer), 0)
+        return phases[n], lines[n], optimizer
     different = {id(o): o for _, o in moved}
     if len(different) != 1:
         names = ", ".join(type(o).__name__ for o in different.values())
         what = f"the run has {len(different)} optimizers ({names})" if different else "no part moves the weights"
         raise ValueError(f"lr_find: {what}. Say whose learning rate to try: lr_find(run, optimizer).")
-    return moved[0]
+    n, optimizer = moved[0]
+    return phases[n], lines[n], optimizer
 
 
 def _moves(part: Any) -> bool:
@@ -262,11 +270,11 @@ def _diverged(losses: list[float], smooth: float, stop_at: float) -> bool:
 def _go_on_from(line: Iterable[Slot], done: Progress, trial: Run) -> None:
     """Give *trial*'s parts what those of the run remember, and its states the same numbers."""
     trial.progress = Progress(epoch=done.epoch, iteration=done.iteration, updates=dict(done.updates))
-    here = {slot.name.rpartition("/")[2]: slot.part for slot in trial.cursor.slots}
-    for slot in line:
-        part = here.get(slot.name.rpartition("/")[2])
-        if type(part) is type(slot.part) and not isinstance(part, backward):  # the trial opens windows of its own
-            remember(part, copy.deepcopy(memory(slot.part)))
+    there = [slot.part for slot in line if not _is_idle(slot.part)]
+    here = [slot.part for slot in trial.cursor.slots if name_of(slot.part) != "lr_find"]
+    for old, part in zip(there, here, strict=False):
+        if not isinstance(part, backward):  # the trial opens windows of its own
+            remember(part, copy.deepcopy(memory(old)))
 
 
 def _judge(lrs: list[float], losses: list[float], smooth: float, diverged: bool) -> LrFound:

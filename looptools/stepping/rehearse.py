@@ -10,11 +10,13 @@ import attrs
 
 from ..agenda import Agenda, Entry
 from ..checks import whole_number
+from ..cursor import Cursor
 from ..intervals import iterations, rounds
 from ..middleware.log import log
 from ..phases import Phase
 from ..pipeline import Chain, Middleware, name_of
 from .kept import kept, require_repeatable
+from .mended import mended, piped
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -24,28 +26,30 @@ def rehearse(run: Run, batches: int) -> dict[str, float]:
     """Run *batches* batches of every phase of the workflow, once; then put everything back as it was.
 
     Weights, buffers, gradients, optimizers, schedulers, modes and random generators come back; parts with a
-    ``folder`` write into a temporary one. What a part of your own does outside these is not undone.
+    ``folder`` write into a temporary one. What a part of your own does outside these is not undone; a generator that
+    hides in a function given as the source is not found.
 
     Returns:
         The results of the rehearsal.
 
     Raises:
-        RuntimeError: If a source can be walked through only once, or an iteration is open.
+        RuntimeError: If a source can be walked through only once, a model has lazy layers that have not seen a batch,
+            or an iteration is open.
     """
     whole_number("rehearse: batches", batches)
     cursor = run.cursor
     if cursor.state is not None:
         raise RuntimeError("rehearse: an iteration is open. Finish it first: next(run).")
     require_repeatable("rehearse", cursor.passes.agenda.phases)
-    phases = {id(phase): phase.limit(batches) for phase in cursor.passes.agenda.phases}
     lengths = cursor.passes.lengths
-    entries = [
-        Entry(phases[id(e.phase)], 1, min(batches, e.batches or batches, lengths[id(e.phase)] or batches))
-        for e in cursor.passes.agenda.entries
-        if isinstance(e.phase, Phase)
-    ]
     with tempfile.TemporaryDirectory() as folder:
-        middlewares = tuple(_into(part, Path(folder)) for part in run._middlewares)
+        phases = {id(phase): _trial_of(cursor, phase, batches, folder) for phase in cursor.passes.agenda.phases}
+        entries = [
+            Entry(phases[id(e.phase)], 1, min(batches, e.batches or batches, lengths[id(e.phase)] or batches))
+            for e in cursor.passes.agenda.entries
+            if isinstance(e.phase, Phase)
+        ]
+        middlewares = tuple(_into(part, Path(folder)) for part in piped(cursor.run_slots))
         trial = type(run)(Agenda(tuple(entries), max_rounds=1), middlewares)
         trial.cursor.unsure = None  # the body of the user's own loop, which may train, is not rehearsed
         with kept(cursor):
@@ -53,6 +57,12 @@ def rehearse(run: Run, batches: int) -> dict[str, float]:
                 return dict(trial.to_end())
             finally:
                 trial.close()
+
+
+def _trial_of(cursor: Cursor, phase: Phase, batches: int, folder: str) -> Phase:
+    """The phase as it stands, on less data, writing into another folder."""
+    phase = mended(cursor, phase).limit(batches)
+    return attrs.evolve(phase, middlewares=tuple(_into(part, Path(folder)) for part in phase.middlewares))
 
 
 def _into(middleware: Middleware, folder: Path) -> Middleware:

@@ -14,7 +14,7 @@ from .names import find_slot
 
 
 def replace(cursor: Cursor, *what: Any) -> None:
-    """Swap parts: (name, part), or a function that has the name of the one it replaces.
+    """Swap parts: (name, part), (old step's name, step), or a function that has the name of the one it replaces.
 
     A step goes into every ``forward`` that calls a step of its name. A new part of the same class takes over the
     old one's memory.
@@ -24,6 +24,11 @@ def replace(cursor: Cursor, *what: Any) -> None:
         TypeError: If it is called with neither.
     """
     if len(what) == 2 and isinstance(what[0], str):
+        steps = [slot for slot in cursor.slots if isinstance(slot.part, forward) and _step_of(slot) == what[0]]
+        if steps and callable(what[1]):  # the old step's name
+            for slot in steps:
+                _swap(cursor, slot, attrs.evolve(slot.part, step=what[1]))
+            return
         slot = find_slot(cursor, what[0], "replace")
         new = what[1]
         if isinstance(slot.part, forward) and not isinstance(new, forward):
@@ -40,18 +45,25 @@ def _replace_by_name(cursor: Cursor, function: Any) -> None:
     found = False
     for slot in cursor.slots:
         part: Any = slot.part
-        if isinstance(part, forward) and part.step is not None and name_of(part.step) == name:
+        if isinstance(part, forward) and _step_of(slot) == name:
             _swap(cursor, slot, attrs.evolve(part, step=function))
             found = True
         elif not attrs.has(type(part)) and name_of(part) == name:
             _swap(cursor, slot, function)
             found = True
     if not found:
-        steps = [name_of(s.part.step) for s in cursor.slots if isinstance(s.part, forward) and s.part.step is not None]
+        steps = dict.fromkeys(filter(None, map(_step_of, cursor.slots)))
         raise LookupError(
-            f"replace: no step or part is called {name!r}. Steps are {', '.join(dict.fromkeys(steps)) or 'none'}; "
-            "give the part's name first to swap any other: run.replace('clip_grad_norm', part)."
+            f"replace: no step or part is called {name!r}. Steps are {', '.join(steps) or 'none'}; give the old name "
+            f"first: run.replace('{next(iter(steps), 'step')}', {name}), or that of any part: "
+            "run.replace('clip_grad_norm', part)."
         )
+
+
+def _step_of(slot: Slot) -> str:
+    """The name of the step that a `forward` calls; empty for any other part."""
+    step = slot.part.step if isinstance(slot.part, forward) else None
+    return "" if step is None else name_of(step)
 
 
 def _swap(cursor: Cursor, slot: Slot, new: Any) -> None:
@@ -67,6 +79,16 @@ def _swap(cursor: Cursor, slot: Slot, new: Any) -> None:
     if hasattr(old, "close"):
         old.close()
     slot.part = new
+    cursor.at_boundary[:] = [_of(new, action) if _owner(action) is old else action for action in cursor.at_boundary]
+
+
+def _owner(action: Any) -> Any:
+    return getattr(action, "__self__", None)
+
+
+def _of(new: Any, action: Any) -> Any:
+    """What the new part does in the place of *action*, a method of the old one that waits for the boundary."""
+    return getattr(new, action.__name__, lambda run: None)
 
 
 def carry_memory(old: Any, new: Any) -> None:

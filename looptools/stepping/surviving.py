@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..cursor import Cursor
 from ..interrupts import interrupts
 from ..state import State
+from ..warn import warn
 
 
 def redo(cursor: Cursor) -> None:
@@ -24,6 +25,7 @@ def redo(cursor: Cursor) -> None:
     cursor.at = 0
     state.outputs = state.loss = state.grad_norm = state.lr = None
     state.updates = False
+    state.windows.clear()
     state.metrics.clear()
     state.gauges.clear()
 
@@ -31,7 +33,8 @@ def redo(cursor: Cursor) -> None:
 def drop(cursor: Cursor) -> None:
     """Drop the open iteration, or the batch that could not be fetched; the last of a pass still ends it.
 
-    If what failed was to be done at the boundary of a complete iteration, that is dropped, and the next
+    Where the batch's gradients are in an open accumulation window, the window goes with it; a warning says what else is
+    in there. If what failed was to be done at the boundary of a complete iteration, that is dropped, and the next
     ``next(run)`` hands the iteration out.
 
     Raises:
@@ -60,9 +63,23 @@ def drop(cursor: Cursor) -> None:
 
 
 def _drop(cursor: Cursor, state: State) -> None:
+    _drop_windows(cursor)
     cursor.at += cursor.failed is not None  # past the part that failed; those behind it learn of a pass's end
     cursor.failed = None
     state.dropped = True
     if state.last:
         cursor.advance()
     cursor.finish()
+
+
+def _drop_windows(cursor: Cursor) -> None:
+    """A batch whose gradients are in an open window cannot be taken out of it: the window goes with it."""
+    for slot in cursor.line[: cursor.at]:
+        filled = getattr(slot.part, "filled", 0) if hasattr(slot.part, "drop_window") else 0
+        if filled:
+            slot.part.drop_window()
+        if filled > 1:
+            warn(
+                f"skip: the gradients of this batch are in the open window of {slot.name} already, so those of "
+                f"{filled - 1} before it are dropped too. To keep these, skip before backward."
+            )

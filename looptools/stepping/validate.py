@@ -12,6 +12,7 @@ from ..cursor import Cursor
 from ..modes import set_mode
 from ..phases import Phase
 from ..state import State
+from .mended import mended
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -21,13 +22,16 @@ def validate(run: Run, phase: Phase) -> dict[str, float]:
     """Run one pass of *phase* between two iterations of *run*, which then goes on as if nothing had been.
 
     The pass has new instances of the phase's parts, its states the epoch and iteration of the last training state.
-    Parts of the run do not see them; those with a method ``on_results(state)``, as `log` has, get the pass's last one.
+    Parts of the run do not see them; those with a method ``on_results(state)``, as `log` and `early_stop` have, get the
+    pass's last one.
     The model is left in the mode that it was in. What is drawn from the random generators, by shuffling or by the
-    loader itself, is drawn as in a loop by hand that validates there.
+    loader itself, is drawn as in a loop by hand that validates there. With the very loader of a pass that is under way,
+    whose workers persist, these are made anew, and random transforms in them go on with other numbers.
 
     Args:
         run: The run.
-        phase: One of its workflow or another one. Another one of the same name is called ``val#2``.
+        phase: One of its workflow, with what was replaced in it, or another one. Another one of the same name is called
+            ``val#2``.
 
     Returns:
         The means by their own names; none if a part stopped the run before the pass was over.
@@ -52,6 +56,9 @@ def validate(run: Run, phase: Phase) -> dict[str, float]:
     try:
         beside.to_end()
     except Exception as error:
+        failed, notes = beside.failed, getattr(error, "__notes__", [])
+        if failed is not None and failed.advice in notes:
+            notes.remove(failed.advice)  # its verbs are those of a run that nobody holds
         error.add_note("looptools: run.validate is given up; the run itself stands where it stood.")
         raise
     finally:
@@ -89,7 +96,7 @@ def _beside(run: Run, phase: Phase, part: Any) -> Run:
     if id(phase) not in passes.names and name in passes.names.values():
         taken = set(passes.names.values())
         name = next(f"{name}#{n}" for n in range(2, len(taken) + 3) if f"{name}#{n}" not in taken)
-    entry = Entry(attrs.evolve(phase, name=name), 1)
+    entry = Entry(attrs.evolve(mended(run.cursor, phase), name=name), 1)
     beside = type(run)(Agenda((entry,), max_rounds=done.round + 1), (part,))
     in_training = passes.phase is not None and passes.phase.trains
     beside.progress.epoch = done.epoch + in_training  # a state bears the number of the last pass, or of the open one
@@ -106,8 +113,8 @@ def _take_over(run: Run, beside: Run, state: State) -> dict[str, float]:
     for key in [key for key in run.results if key.startswith(prefix)]:
         del run.results[key]
     run.results.update(beside.results)
-    run.history.append(beside.history[-1])
-    state.run = run
+    run.history.append({**beside.history[-1], "on_demand": True})
+    state.run, state.round_last = run, False  # the workflow's round goes on
     for slot in run.cursor.run_slots:
         if hasattr(slot.part, "on_results"):
             slot.part.on_results(state)

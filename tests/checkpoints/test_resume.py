@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import random
+import shutil
+
 import pytest
 import torch
 from loops import Case, assert_same, by_hand, piped
@@ -127,6 +131,64 @@ def test_an_empty_folder_is_a_fresh_start(tmp_path):
 
     assert run.resume() is None
     assert len(list(run)) == 28
+
+
+@pytest.mark.parametrize("rolling_first", [True, False])
+def test_two_folders_of_one_run_are_gone_on_from(tmp_path, rolling_first):
+    """A rolling one and an archive: from the newest of both, and on in both."""
+
+    def make(epochs):
+        parts = [
+            lt.checkpoint(tmp_path / "rolling", keep=1),
+            lt.checkpoint(tmp_path / "archive", every=lt.epochs(3), keep=None),
+        ]
+        first, second = parts if rolling_first else parts[::-1]
+        return piped(Case(epochs=epochs)) | first | second
+
+    make(4).to_end()
+    run = make(6)
+    path = run.resume()
+    run.to_end()
+
+    assert path == tmp_path / "rolling/epoch_0004-iteration_000028.pt"
+    assert names(tmp_path / "rolling") == ["epoch_0006-iteration_000042.pt"]
+    assert [name[:10] for name in names(tmp_path / "archive")] == ["epoch_0003", "epoch_0006"]
+    other = piped(Case(epochs=6)) | lt.checkpoint(tmp_path / "new") | lt.checkpoint(tmp_path / "archive")
+    with pytest.raises(FileExistsError, match="archive holds the checkpoints of another run"):
+        next(other)
+
+
+def test_a_folder_of_the_time_before_runs_had_ids(tmp_path):
+    """It is gone on from as ever; a second one of its kind is another run's."""
+
+    def make(epochs):
+        return piped(Case(epochs=epochs)) | lt.checkpoint(tmp_path / "a") | lt.checkpoint(tmp_path / "b")
+
+    make(1).to_end()
+    for name in ("a", "b"):
+        path = tmp_path / name / "checkpoints.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "run"}))
+
+    run = make(2)
+    run.resume()
+    with pytest.raises(FileExistsError, match="b holds the checkpoints of another run"):
+        next(run)
+    shutil.rmtree(tmp_path / "b")
+    run.to_end()
+    assert len(names(tmp_path / "a")) == 2
+
+
+def test_a_runs_id_costs_no_random_number(tmp_path):
+    """Neither torch's nor Python's generator moves for it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    run = lt.workflow([(lt.validate(None, [1.0], lambda model, batch: {"x": batch}), 1)], max_rounds=1)
+    (run | lt.checkpoint(tmp_path)).to_end()
+
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert len(json.loads((tmp_path / "checkpoints.json").read_text())["run"]) == 32
 
 
 def test_a_finished_run_is_left_alone(tmp_path):

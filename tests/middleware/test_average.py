@@ -21,3 +21,15 @@ def test_average_over_a_window_takes_the_place_of_the_one_over_the_pass(model, b
 
     assert run.to_end() == {"train/loss": (3 * 2 + 3 * 3) / 2}
     assert [slot.name for slot in run.cursor.slots] == ["train/forward", "train/average"]
+
+
+def test_a_pass_whose_states_are_all_dropped_is_said(model, batches):
+    """Else a filter that lets nothing through would train nothing in silence."""
+
+    def nothing(states):
+        for state in states:
+            if state.index < 0:
+                yield state
+
+    with pytest.warns(UserWarning, match="val: every state of this pass was dropped"):
+        (lt.validate(model, batches, lambda model, batch: model(batch)) | nothing).to_end()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from loops import Case, assert_same, by_hand, classify, device_reads, piped
@@ -221,6 +224,90 @@ def test_a_replaced_backward_goes_on_with_the_open_window(model, sgd, batches):
     assert [w for updates, w in weights_of(run, model) if updates] == pytest.approx([1.5, -0.5, -3.0])
 
 
+def test_gradients_of_an_open_window_are_kept_from_another_phase():
+    """B's loss goes through all of the weights that A waits with, though its optimizer holds one of them."""
+    weights = [nn.Parameter(torch.tensor(value)) for value in (2.0, 3.0)]
+    step = lambda model, batch: batch * weights[0] * weights[1]  # noqa: E731
+    every, second = torch.optim.SGD(weights, lr=0.0), torch.optim.SGD(weights[1:], lr=0.0)
+    a, b = (
+        lt.train(nn.ParameterList(weights), [x] * n, step, name=name) for x, n, name in ((1.0, 3, "a"), (10.0, 1, "b"))
+    )
+    a = a | lt.optimize(every, accumulate=2, across_epochs=True)
+    run = lt.workflow([(a, 1), (b | lt.optimize(second), 1)], max_rounds=2)
+
+    grads = [[weight.grad.item() for weight in weights] for state in run if state.updates and state.phase == "a"]
+
+    assert grads == [[3.0, 2.0]] * 3
+
+
+def test_a_replaced_backward_keeps_its_gradients_to_itself_too():
+    """G's loss goes through D's weight, whose window is open."""
+    weights = [nn.Parameter(torch.tensor(value)) for value in (2.0, 3.0)]
+    d, g = (torch.optim.SGD([weight], lr=0.0) for weight in weights)
+    train = lt.train(nn.ParameterList(weights), [1.0] * 4, lambda model, batch: weights[0] * 1)
+    train = train | lt.optimize(d, accumulate=4, name="D")
+    train = train | lt.forward(lambda model, batch: 10 * weights[0] * weights[1]) | lt.optimize(g, name="G")
+    run = lt.workflow([(train, 1)], max_epochs=1)
+    next(run)
+    run.replace("G.backward", lt.backward(g))
+    run.to_end()
+
+    assert [weight.grad.item() for weight in weights] == [1.0, 20.0]
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")])
+def test_states_of_a_closed_window_are_let_go(model, sgd, batches, scaler):
+    """With their batches and graphs, though the next window is long."""
+    part = lt.optimize(sgd, accumulate=4, scaler=scaler)
+    run = iter(phase_of(model, batches * 3, part))
+    states = [weakref.ref(state) for state in run.take(8)]
+
+    gc.collect()
+    assert [n for n, state in enumerate(states) if state() is not None] in ([], [7])
+
+
+def test_a_window_that_is_open_at_the_end_is_told_once(model, sgd, batches):
+    """The run was stopped, not only closed; `extend` goes on with its gradients."""
+    part = lt.optimize(sgd, accumulate=2, across_epochs=True)
+    run = workflow(model, batches, lambda train: [(train | part, 1)], max_epochs=2)
+    list(run.take(2))
+    next(run).stop("enough")
+
+    with pytest.warns(UserWarning, match=r"backward: the run ended \(enough\) .* the last 1 batches made no") as told:
+        next(run, None)
+    run.close()
+    assert len(told) == 1
+
+    run.extend(max_epochs=2)
+    assert weights_of(run, model) == [(True, -0.5), (False, -0.5), (True, -3.0)]
+
+
+def test_updates_of_a_source_without_length(model, sgd, batches):
+    """Known from max_iterations, if windows go on across passes."""
+    train = lt.train(model, lambda: iter(batches), lambda model, batch: model(batch))
+    for across, expected in ((True, 4), (False, None)):
+        part = lt.optimize(sgd, accumulate=2, across_epochs=across)
+        run = lt.workflow([(train | part, 1)], max_iterations=7)
+        assert run.total("update", sgd) == expected
+    run = lt.workflow([(train | lt.optimize(sgd, accumulate=2, across_epochs=True), 1)], max_iterations=7)
+    run.to_end()
+
+    assert run.progress.updates[sgd] == 4
+
+
+def test_the_last_window_of_two_phases_bound_by_iterations(model, sgd, batches):
+    """The run ends in b, so a's last window ends with a's last pass before it."""
+    step = lambda model, batch: model(batch)  # noqa: E731
+    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    a = lt.train(model, batches, step, name="a") | lt.optimize(sgd, accumulate=2, across_epochs=True)
+    b = lt.train(model, batches, step, name="b") | lt.optimize(still)
+    run = lt.workflow([(a, 1), (b, 1)], max_iterations=6)
+
+    moved = [(state.iteration, model.w.grad.item()) for state in run if state.updates and state.phase == "a"]
+
+    assert moved == [(1, (1 + 2) / 2), (2, 3.0)]
+
+
 # What an iteration counts in its window
 
 
@@ -254,6 +341,13 @@ def test_a_window_whose_weights_are_all_0_leaves_zeros(model, sgd, batches, kind
     moved = weighed(model, sgd, lambda state: kind(float(state.index == 2)), batches)
 
     assert moved == 3 - 3
+
+
+def test_a_weight_that_hangs_on_the_graph_is_a_number_to_it(model, sgd, batches):
+    """Learned weights, say: no gradient goes through them, nor does the open window keep their graph."""
+    moved = weighed(model, sgd, lambda state: state.model.w * 2, batches, accumulate=3)
+
+    assert moved == 3 - (1 + 2 + 3) / 3
 
 
 @pytest.mark.parametrize("across_epochs", [False, True])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import stat
 import zlib
+from pathlib import Path
 
 import attrs
 import pytest
@@ -15,6 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import looptools as lt
+from looptools.checkpoints import save
 
 
 def names(folder):
@@ -347,6 +351,122 @@ def test_a_best_that_cannot_be_written_is_tried_again(tmp_path, monkeypatch):
 
     assert [entry["value"] for entry in run.best["val/score"]["top"]] == [2.0]
     assert results_in(tmp_path, "best.pt")["val/score"] == 2.0
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_manifest_that_cannot_be_written_loses_no_best(tmp_path, monkeypatch, killed):
+    """The file is sound, whatever the old manifest says; next(run), or a resumed run, lists it."""
+    save = importlib.import_module("looptools.checkpoints.save")
+    real, full = save.write_manifest, []
+
+    def write_manifest(folder, manifest):
+        if full:
+            raise OSError("planted: no space left")
+        real(folder, manifest)
+
+    monkeypatch.setattr(save, "write_manifest", write_manifest)
+    run = scores([1.0, 2.0], tmp_path, best=lt.highest("val/score"))
+    next(run)
+    full.append(True)
+    with pytest.raises(OSError, match="planted"):
+        next(run)
+    assert run.best["val/score"]["value"] == 1.0
+    scores([0.0], tmp_path).resume(tmp_path / "best.pt")
+    full.clear()
+    if killed:  # the resumed one is worse where the lost one was best
+        run = scores([0.0], tmp_path, best=lt.highest("val/score"))
+        run.resume()
+        assert (run.best["val/score"]["value"], run.progress.round) == (2.0, 1)
+        run.extend(max_rounds=2)
+    run.to_end()
+
+    assert run.best["val/score"]["value"] == results_in(tmp_path, "best.pt")["val/score"] == 2.0
+    if not killed:
+        [listed] = json.loads((tmp_path / "checkpoints.json").read_text())["best"]
+        assert (listed["value"], listed["crc32"]) == (2.0, zlib.crc32((tmp_path / "best.pt").read_bytes()))
+
+
+def test_the_file_and_its_folder_are_safe_before_it_is_listed(tmp_path, monkeypatch):
+    """Data on the disk, then the name, then the folder: after a power cut nothing that is listed is empty."""
+    files, done = importlib.import_module("looptools.checkpoints.files"), []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded(name, real):
+        def call(*args):
+            kind = "folder" if name == "sync" and stat.S_ISDIR(os.fstat(args[0]).st_mode) else "file"
+            done.append(f"{name} {kind if name == 'sync' else Path(args[1]).name}")
+            return real(*args)
+
+        return call
+
+    monkeypatch.setattr(files.os, "fsync", recorded("sync", fsync))
+    monkeypatch.setattr(files.os, "replace", recorded("replace", replace))
+    scores([1.0], tmp_path).to_end()
+
+    each = lambda name: ["sync file", f"replace {name}", "sync folder"]  # noqa: E731
+    assert done == each("epoch_0000-iteration_000000.pt") + each("checkpoints.json")
+
+
+def test_of_equals_the_older_one_stays_ranked(tmp_path):
+    """By the iteration at which it was measured."""
+    left = iter([1.0, 2.0, 2.0, 2.0])
+    train = lt.train(None, [0.0], lambda model, batch: {"x": batch})
+    val = lt.validate(None, lambda: [next(left)], lambda model, batch: {"score": batch})
+    run = lt.workflow([(train, 1), (val, 1)], max_epochs=4)
+    run = run | lt.checkpoint(tmp_path, best=lt.highest("val/score", top=2))
+    run.to_end()
+
+    assert [entry["iteration"] for entry in run.best["val/score"]["top"]] == [2, 3]
+    assert run.best["val/score"]["iteration"] == 2
+
+
+def test_nothing_is_saved_where_an_iteration_is_only_replayed(tmp_path):
+    """A state that is computed again to get back somewhere was saved already."""
+
+    def replays(states):
+        for state in states:
+            state.replayed = state.plan.round == 0
+            yield state
+
+    values = iter([1.0, 2.0])
+    val = lt.validate(None, lambda: [next(values)], lambda model, batch: {"score": batch})
+    run = lt.workflow([(val | replays, 1)], max_rounds=2)
+    (run | lt.checkpoint(tmp_path, best=lt.highest("val/score", top=2))).to_end()
+
+    assert [entry["round"] for entry in json.loads((tmp_path / "checkpoints.json").read_text())["checkpoints"]] == [2]
+    assert len(best_names(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("folder", ["new/folder", Path("new/folder")])
+def test_saving_by_hand_between_two_iterations(tmp_path, monkeypatch, folder):
+    """Into a folder that is made; within an iteration it is refused, and into another run's folder."""
+    monkeypatch.chdir(tmp_path)
+    run = piped(Case())
+    list(run.take(7 + 3))
+    run.save(folder)
+    assert names(tmp_path / folder) == ["epoch_0001-iteration_000007.pt"]
+    run.after("forward")
+    with pytest.raises(RuntimeError, match=r"save: an iteration is open. Finish it first: next\(run\)."):
+        run.save(folder)
+    list(run.take(7))
+    path = save(run, folder)
+
+    assert path == Path(folder) / "epoch_0001-iteration_000010.pt"
+    with pytest.raises(FileExistsError, match="save: .* holds the checkpoints of another run"):
+        piped(Case()).save(folder)
+
+
+def test_what_is_saved_by_hand_at_the_end_of_a_pass_can_be_gone_on_from(tmp_path):
+    """As what the checkpoint part saves there."""
+    run = piped(Case())
+    list(run.take(14))
+    run.save(tmp_path)
+    run.to_end()
+    again = piped(Case())
+    again.resume(tmp_path)
+    again.to_end()
+
+    assert_same(again.model.state_dict(), run.model.state_dict())
 
 
 def test_every_file_holds_plain_weights_that_load_into_a_model(tmp_path):

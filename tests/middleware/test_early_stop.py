@@ -154,3 +154,84 @@ def test_it_belongs_onto_the_run():
     val = lt.validate(None, [1.0], lambda model, batch: {"x": batch}) | lt.early_stop(lt.lowest("val/x"))
     with pytest.raises(TypeError, match="early_stop: pipe it onto the run, not onto a phase"):
         next(lt.workflow([(val, 1)], max_rounds=1))
+
+
+def two(values, part, rounds):
+    """A run whose validation gives two scores, one a round each."""
+    left = iter(values)
+    val = lt.validate(None, lambda: [next(left)], lambda model, batch: {"a": batch[0], "b": batch[1]})
+    return lt.workflow([(val, 1)], max_rounds=rounds) | part
+
+
+def test_another_criterion_begins_afresh():
+    """The best value of one metric is no bound for another; nor is the lowest for the highest."""
+    values = [(5.0, 0.1), (6.0, 1.0), (6.0, 0.5), (6.0, 0.4), (6.0, 0.6), (6.0, 0.7)]
+    for first, then in [(lt.lowest("val/a"), lt.highest("val/b")), (lt.highest("val/b"), lt.lowest("val/a"))]:
+        run = two(values, lt.early_stop(first, patience=3), 6)
+        list(run.take(2))
+        run.replace("early_stop", lt.early_stop(then, patience=2))
+        next(run)
+        assert (run["early_stop"].value, run["early_stop"].waited) == (0.5 if then.sign > 0 else 6.0, 0)
+
+    run = two(values, lt.early_stop(lt.lowest("val/b"), patience=3), 6)
+    list(run.take(1))
+    run.replace("early_stop", lt.early_stop(lt.highest("val/b"), patience=3))
+    next(run)
+    run.replace("early_stop", lt.early_stop(lt.lowest("val/b"), patience=3))
+    next(run)
+    assert run["early_stop"].value == 0.5
+
+
+def test_another_criterion_begins_afresh_in_a_resumed_run(tmp_path):
+    """The file's best value is that of the old one."""
+    values = [(5.0, 0.1), (6.0, 1.0), (6.0, 0.5), (6.0, 0.6)]
+    (two(values, lt.early_stop(lt.lowest("val/a"), patience=3), 2) | lt.checkpoint(tmp_path)).to_end()
+    run = two(values[2:], lt.early_stop(lt.highest("val/b"), patience=2), 4) | lt.checkpoint(tmp_path)
+    run.resume()
+    run.to_end()
+
+    assert (run["early_stop"].value, run["early_stop"].waited) == (0.6, 0)
+
+
+def test_a_patience_that_is_shortened_below_what_was_waited_stops():
+    """Only extending a run that was stopped here restores it."""
+    run = scores([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0], lt.early_stop(lt.lowest("val/score"), patience=9))
+    list(run.take(5))
+    run.replace("early_stop", lt.early_stop(lt.lowest("val/score"), patience=2))
+    run.to_end()
+
+    assert run.ended == "early_stop: val/score has not improved on 1 for 5 passes (since epoch 0)"
+
+
+def validated(values, part, *, epochs, on_demand):
+    """A training that is judged by a function in its workflow, or by the caller's own loop."""
+    left = iter(values)
+    val = lt.validate(None, lambda: [next(left)], lambda model, batch: {"score": batch})
+    train = lt.train(None, [1.0, 2.0], lambda model, batch: {"x": batch})
+    entries = [(train, 1)] if on_demand else [(train, 1), (lambda run: run.validate(val), 1)]
+    run = lt.workflow(entries, max_epochs=epochs) | part
+    for state in run:
+        if on_demand and state.last:
+            run.validate(val)
+    return run
+
+
+@pytest.mark.parametrize("on_demand", [False, True])
+def test_validations_beside_the_workflow_are_judged(on_demand):
+    """Each once, as a pass of its own; the metric need not be there after the first round."""
+    values = [3.0, 2.0, 2.0, 2.0, 1.0]
+    run = validated(values, lt.early_stop(lt.lowest("val/score"), patience=2), epochs=5, on_demand=on_demand)
+
+    assert run.ended == "early_stop: val/score has not improved on 2 for 2 passes (since epoch 2)"
+    assert [row["phase"] for row in run.history] == ["train", "val"] * 4
+
+
+def test_a_validation_of_another_phase_is_none_of_its_business():
+    """Before the first round, when nobody has written the metric yet."""
+    test = lt.validate(None, [1.0], lambda model, batch: {"score": batch}, name="test")
+    run = scores([1.0, 1.0], lt.early_stop(lt.lowest("val/score"), patience=1))
+    run.validate(test)
+    next(run)
+    run.validate(test)
+
+    assert run["early_stop"].waited == 0

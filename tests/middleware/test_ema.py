@@ -331,7 +331,7 @@ def test_bad_options(model, sgd, batches):
     averaged = AveragedModel(model)
     itself = lt.train(averaged, batches, lambda model, batch: model(batch))
     with pytest.raises(ValueError, match="ema: train trains the average itself"):
-        iter(itself | lt.ema(averaged)).explain()
+        iter(itself | lt.optimize(torch.optim.SGD(averaged.parameters())) | lt.ema(averaged)).explain()
     val = lt.validate(model, batches, lambda model, batch: model(batch))
     with pytest.raises(ValueError, match="ema: no training goes through it"):
         iter(val | lt.ema(averaged)).explain()

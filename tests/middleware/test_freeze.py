@@ -10,6 +10,7 @@ from loops import Case, assert_same, classify, device_reads
 from torch import nn
 
 import looptools as lt
+from looptools.middleware.freeze import see_who_froze
 
 CASES = [
     Case(optimizer="AdamW", epochs=4),
@@ -303,6 +304,90 @@ def test_another_run_over_the_same_model_knows_whose_flags_they_are(leave):
     assert seen == [[FROZEN, FROZEN]] + [[THAWED, THAWED]] * 3
 
 
+def test_a_run_that_is_closed_gives_back_only_what_it_still_owns():
+    """Another one is in the middle of its frozen pass."""
+    model = layers()
+    first, second = (run_of(model, lt.freeze("0", "1")) for _ in range(2))
+    next(first), next(second)
+
+    first.close()
+    assert flags(model)[:2] == [FROZEN, FROZEN]
+    next(second)
+    assert model[0].weight.grad is None
+    second.close()
+    assert flags(model) == [THAWED] * 3
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_another_run_without_a_freeze_is_told(gone):
+    """What a run left frozen in the middle of its pass: given back if that run is gone, else said."""
+    model = layers()
+    old = run_of(model, lt.freeze("0", "1"))
+    next(old)
+    new = run_of(model)
+    if gone:
+        del old
+        see_who_froze(new.cursor)
+        assert flags(model) == [THAWED] * 3
+        return
+    with pytest.warns(UserWarning, match=r"train: freeze\('0', '1'\) of another run, .* Call close\(\) on that run"):
+        see_who_froze(new.cursor)
+    old.close()
+    see_who_froze(new.cursor)
+    assert flags(model) == [THAWED] * 3
+
+
+def test_another_run_with_a_freeze_of_its_own_is_told_nothing():
+    """It takes over, also where it freezes in an earlier phase than the one that trains all; a part is told."""
+    model = layers()
+    old = run_of(model, lt.freeze("0", "1"))
+    next(old)
+
+    see_who_froze(run_of(model, lt.freeze("0", "1")).cursor)
+    warm, train = train_of(model, lt.freeze("0", "1"), name="warm"), train_of(model)
+    see_who_froze(lt.workflow([(warm, 1), (train, 1)], max_epochs=2).cursor)
+    part = run_of(model, lt.freeze("0"))
+    with pytest.warns(UserWarning, match="keeps a part of the model frozen"):
+        see_who_froze(part.cursor)
+    assert flags(model)[:2] == [FROZEN, FROZEN]
+
+
+def test_what_was_thawed_by_hand_is_no_concern_of_another_run():
+    """Nothing stands still, whatever the marks say."""
+    model = layers()
+    old = run_of(model, lt.freeze("0", "1"))
+    next(old)
+    model.requires_grad_(True)
+    model.train()
+
+    see_who_froze(run_of(model).cursor)
+    assert flags(model) == [THAWED] * 3
+
+
+def test_what_you_freeze_after_a_run_stays_frozen():
+    """Its marks went with its end."""
+    model = layers()
+    run_of(model, lt.freeze("0", "1", until=1)).to_end()
+    model[0].requires_grad_(False)
+
+    run_of(model, lt.freeze("0", "1", until=1)).to_end()
+
+    assert not model[0].weight.requires_grad
+
+
+def test_a_predicate_is_not_asked_about_a_dropped_state():
+    """The pass's last batch is skipped; the next state thaws."""
+    model, asked = layers(), []
+    run = run_of(model, lt.freeze("0", until=lambda state: asked.append(state.iteration) or state.iteration >= 1))
+    next(run)
+    run.before("freeze")
+    run.skip()
+
+    next(run), next(run)
+    assert asked == [0, 2]
+    assert flags(model)[0] == THAWED
+
+
 def test_a_skipped_iteration_does_not_keep_it_frozen():
     """The one at which `until` is due never comes here; the next pass, or the next state, makes up for it."""
     model = layers()
@@ -322,6 +407,7 @@ def test_a_skipped_iteration_does_not_keep_it_frozen():
     assert flags(model)[0] == THAWED
 
 
+@pytest.mark.filterwarnings("ignore:warm. every state of this pass was dropped")
 def test_a_pass_that_is_skipped_altogether_gives_back_too():
     """Its only batch never came here alive."""
     model = layers()

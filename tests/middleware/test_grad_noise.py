@@ -120,3 +120,27 @@ def test_bad_options(model, sgd, batches):
     train = lt.train(model, batches, lambda model, batch: model(batch)) | lt.backward(sgd) | lt.grad_noise(other)
     with pytest.raises(ValueError, match="grad_noise: no optimizer of the run holds these parameters"):
         next(iter(train | lt.update(sgd)))
+
+
+def test_over_several_optimizers():
+    """Those that hold the parameters count, not who moves others; the second update has 1 / (1 + 1) ** 2 of eta."""
+    weights = [torch.nn.Parameter(torch.zeros(())) for _ in range(3)]
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in weights]
+    noise = lt.grad_noise(weights[:2], eta=1.0, gamma=2.0)
+    step = lambda model, batch: weights[0] * 1 + weights[1] * 2  # noqa: E731
+    train = lt.train(torch.nn.ParameterList(weights), [1] * 3, step) | lt.optimize(optimizers[:2], between=noise)
+    other = lt.forward(lambda model, batch: weights[2] * 1)
+    run = iter(train | other | lt.optimize(optimizers[2], name="other") | other | lt.optimize(optimizers[2]))
+    next(run)
+
+    run.before("grad_noise")
+    torch.manual_seed(3)
+    run.after("grad_noise")
+    torch.manual_seed(3)
+    assert [weight.grad for weight in weights[:2]] == [mean + 0.5 * torch.randn(()) for mean in (1.0, 2.0)]
+
+
+def test_params_that_cannot_be_iterated():
+    """The same words as for clip_grad_norm."""
+    with pytest.raises(TypeError, match="grad_noise: params must be tensors, as in model.parameters.., got 3"):
+        lt.grad_noise(3)

@@ -231,6 +231,22 @@ def test_a_skipped_iteration_takes_its_row_along(tmp_path):
     assert sink.rows == keys(tmp_path)[1:]
 
 
+@pytest.mark.parametrize("fails_at", [1, 7])
+def test_a_skipped_iteration_leaves_the_pass_its_row(tmp_path, fails_at):
+    """Who failed does without both; the others have them, also where the run ends there."""
+    sink = Collect(fails_at=(fails_at,))
+    run = piped(Case(epochs=2)) | lt.log(tmp_path, every=lambda state: state.last, line=None, to=[sink])
+    with pytest.raises(OSError, match="away"):
+        run.to_end()
+    run.skip()
+    run.to_end()
+
+    both = [(kind, phase) for phase in ("train", "val") * 2 for kind in ("iterations", "pass")]
+    assert [row[:2] for row in keys(tmp_path)] == both
+    del both[fails_at - 1 : fails_at + 1]
+    assert [row[:2] for row in sink.rows] == both
+
+
 def test_gauges_stand_for_themselves(tmp_path, model, batches):
     """A training row has the newest since the row before, a pass those of its last state."""
 
@@ -354,6 +370,133 @@ def test_nothing_is_shown_twice(tmp_path):
     run["log"].text("note", "x")
 
     assert shows.shown == []
+
+
+def test_an_iteration_that_is_replayed_has_no_rows(tmp_path):
+    """What it did stands there already."""
+
+    def replays(states):
+        for state in states:
+            state.replayed = state.plan.round == 0
+            yield state
+
+    run = piped(Case())
+    parts = [phase | replays for phase in run._agenda.phases]
+    run = lt.workflow([(part, 1) for part in parts], max_epochs=2) | lt.log(tmp_path, every=2, line=None)
+    run.to_end()
+
+    assert keys(tmp_path) == [("iterations", "train", n) for n in (7, 9, 11, 13)] + [
+        ("pass", phase, 13) for phase in ("train", "val")
+    ]
+
+
+def test_what_is_shown_before_the_run_is_resumed_harms_nothing(tmp_path):
+    """It waits for the first iteration: neither another's log nor the run's own is set aside for it."""
+
+    def make():
+        return piped(Case(epochs=3)) | lt.log(tmp_path, every=2, line=None) | lt.checkpoint(tmp_path)
+
+    first = make()
+    list(first.take(14 + 6))
+    first.close()
+    run = make()
+    run["log"].text("note", "again")
+    assert keys(tmp_path)[-1] == ("iterations", "train", 11)
+    run.resume()
+    run.to_end()
+
+    assert not list(tmp_path.glob("*.1*"))
+    assert [n for kind, _, n in keys(tmp_path) if kind == "iterations"] == list(range(1, 21, 2))
+    assert (tmp_path / "tensorboard/run").is_dir()
+
+
+def test_a_sink_that_cannot_begin_keeps_no_other_from_its_rows(tmp_path):
+    """Each takes up where it stood by itself, and is tried again by itself."""
+
+    class Refuses(Collect):
+        tries = 0
+
+        def rewind(self, mark):
+            self.tries += 1
+            if self.tries == 1:
+                raise OSError("the service is away")
+
+    sink = Refuses()
+    run = piped(Case(epochs=1)) | lt.log(tmp_path, every=7, line=None, to=[sink])
+    with pytest.raises(OSError, match="away"):
+        run.to_end()
+    assert keys(tmp_path) == [("iterations", "train", 6)]
+    run.to_end()
+
+    assert sink.rows == keys(tmp_path)
+    assert sink.tries == 2
+
+
+def test_rows_say_how_much_is_trained_by_then(tmp_path, model, sgd, batches):
+    """A validation before any training has 0, where its own iteration is 0 as after the first one."""
+    train = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    val = lt.validate(model, batches, lambda model, batch: model(batch))
+    run = lt.workflow([(val, 1), (train, lt.iterations(1))], max_iterations=2)
+    run = run | lt.log(tmp_path, every=1, line=None)
+    run.to_end()
+
+    got = [(row["phase"], row["iteration"], row["trained"]) for row in rows(tmp_path) if row["kind"] == "pass"]
+    assert got == [("val", 0, 0), ("train", 0, 1), ("val", 0, 1), ("train", 1, 2)]
+    assert [row["trained"] for row in rows(tmp_path) if row["kind"] == "iterations"] == [1, 2]
+
+
+@pytest.mark.parametrize("name", lt.sinks.FACTS)
+def test_a_metric_with_the_name_of_a_fact_is_refused_once(tmp_path, model, batches, name):
+    """Rows keep the fact; next(run) goes on without the metric."""
+    val = lt.validate(model, batches, lambda model, batch: {name: batch.mean() + 90, "x": 1.0})
+    run = lt.workflow([(val, 1)], max_rounds=3) | lt.log(tmp_path, line=None)
+
+    with pytest.raises(ValueError, match=f'log: a metric cannot be called "{name}".* Rename it in the step'):
+        run.to_end()
+    run.to_end()
+
+    assert [row["x"] for row in rows(tmp_path)] == [1.0] * 3
+    assert [row["kind"] for row in rows(tmp_path)] == ["pass"] * 3
+    assert all(row[name] not in (91, 92, 93) for row in rows(tmp_path))
+
+
+def test_a_rehearsal_calls_no_service():
+    """It is a try, of which a tracking service need not hear."""
+    sink = Shows()
+    run = piped(Case()) | lt.log(line=None, every=1, to=[sink])
+
+    run.rehearse(2)
+
+    assert (sink.calls, sink.shown, sink.closed) == (0, [], 0)
+
+
+def test_explain_shows_no_secret(capsys):
+    """Addresses and options of services may hold one."""
+    to = [
+        lt.sinks.MLflow("a", uri="https://me:hunter2@host/"),
+        lt.sinks.WandB(options={"api_key": "hunter2", "entity": "team"}),
+    ]
+    (piped(Case()) | lt.log(line=None, to=to)).explain()
+
+    shown = capsys.readouterr().out
+    assert "hunter2" not in shown
+    assert "https://<redacted>@host/" in shown
+    assert "'entity': 'team'" in shown
+
+
+def test_hparams_are_written_again_only_where_they_differ(tmp_path):
+    """A resumed run need not repeat them."""
+
+    def go_on(epochs, lr):
+        run = piped(Case(epochs=epochs)) | lt.log(tmp_path, line=None, hparams={"lr": lr})
+        run = run | lt.checkpoint(tmp_path)
+        run.resume()
+        run.to_end()
+
+    for epochs, lr in [(1, 1), (2, 1), (3, 2), (4, 2)]:
+        go_on(epochs, lr)
+
+    assert [row["hparams"] for row in rows(tmp_path) if row["kind"] == "hparams"] == [{"lr": 1}, {"lr": 2}]
 
 
 def test_showing_without_a_sink_for_it_says_who_would():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -220,8 +221,9 @@ def test_a_pass_without_a_state_measures_nothing():
 
     phase = lt.validate(None, numbers(1), lambda model, batch: {"x": batch.sum()}) | drops
     phase = phase | lt.measure({"mean": tm.MeanMetric(), "total": total}, batch_of)
-    with pytest.raises(KeyError, match="nobody has written"):
-        phase.to_end()["val/mean"]
+    with pytest.warns(UserWarning, match="val: every state of this pass was dropped") as said:
+        results = phase.to_end()
+    assert (dict(results), len(said)) == ({}, 1)
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -477,3 +479,73 @@ def test_on_a_gpu():
     by_hand = (lt.validate(net(), data(), step) | lt.measure({"f1": on_gpu["f1"]}, predictions)).to_end()
     assert (results["val/there"], results["val/here"]) == (1.0, 1.0)
     assert results["val/f1"] == pytest.approx(by_hand["val/f1"])
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(None, "NoneType"), (np.ones(2), "ndarray"), ({"a": 1}, "int"), (0.5, "float")]
+)
+def test_inputs_that_cannot_be_joined_are_refused_at_the_first_batch(value, kind):
+    """Not when the whole pass is over; and before anything is counted."""
+    run = iter(sums(numbers(1, 2), {"total": total}) | lt.measure({"f": total, "own": Sums()}, lambda state: value))
+
+    with pytest.raises(TypeError, match=rf"^measure: a whole pass of {kind} cannot be joined .* torch.as_tensor\("):
+        next(run)
+    assert run.state.index == 0
+    run.replace("val/measure#2", lt.measure({"f": total, "own": Sums()}, batch_of))
+    assert run.to_end()["val/f"] == 3.0
+
+
+def test_metrics_follow_inputs_that_are_nested():
+    """The first tensor counts, wherever it lies: detection gives lists of dictionaries."""
+    moved = []
+
+    class Moves(Sums):
+        def to(self, device):
+            moved.append(device)
+
+        def update(self, found, names):
+            self.sum = self.sum + len(found)
+
+    inputs = lambda state: ([{"boxes": torch.ones(2, 4, device="meta")}], ["cat"])  # noqa: E731
+    val = lt.validate(None, numbers(1, 2), lambda model, batch: {"x": 1.0}) | lt.measure({"n": Moves()}, inputs)
+
+    assert val.to_end()["val/n"] == 2
+    assert moved == [torch.device("meta")]
+
+
+def test_metrics_are_moved_anew_after_they_were_loaded():
+    """What came from a checkpoint may lie elsewhere."""
+    moved = []
+
+    class Moves(Sums):
+        def to(self, device):
+            moved.append(device)
+
+    run = iter(sums(numbers(1, 2, 4), {"total": Moves()}))
+    list(run.take(2))
+    assert len(moved) == 1
+    run["measure"].load_state_dict(run["measure"].state_dict())
+    run.to_end()
+
+    assert len(moved) == 2
+
+
+def test_a_metric_may_give_a_tensor_that_it_uses_again():
+    """Each pass's result stays what it was."""
+
+    class Reuses(Sums):
+        def __init__(self):
+            super().__init__()
+            self.sum = torch.zeros(())
+
+        def update(self, x):
+            self.sum += x.sum()
+
+        def reset(self):
+            self.sum.zero_()
+
+    run = lt.workflow([(sums(numbers(1, 2, 4), {"total": Reuses()}), 1)], max_rounds=2)
+    states = list(run)
+
+    assert [float(state.gauges["total"]) for state in states if state.last] == [7.0, 7.0]
+    assert [row["total"] for row in run.history] == [7.0, 7.0]

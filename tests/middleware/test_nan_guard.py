@@ -35,8 +35,8 @@ def test_a_nan_stops_the_run_before_the_weights(model, sgd):
         run.to_end()
 
     assert str(caught.value) == (
-        "nan_guard: loss is nan (iteration 1, epoch 0, batch 1 of train). Look at run.failed.state.batch; mend the "
-        "step, and run.replace(step) and run.retry() redo this iteration; or run.skip() drops the batch."
+        "nan_guard: loss is nan (iteration 1, epoch 0, batch 1 of train). Look at run.failed.state.batch. Mend the "
+        "step: run.replace(step), then run.retry()."
     )
     assert run.failed.part == "train/nan_guard"
     assert run.failed.state.batch.isnan().all()
@@ -364,3 +364,57 @@ def test_stopping_early_closes_it(model, batches):
     run.close()
 
     assert all(slot.stream is None for slot in run.cursor.slots)
+
+
+def test_a_guard_that_takes_the_place_of_one_behind_backward(model, sgd):
+    """It looks at gradients, too."""
+    run = iter(
+        lt.train(model, batches_of(1, 5, 1), nan_gradients(bad=5)) | lt.optimize(sgd, between=lt.nan_guard(skip=1))
+    )
+    next(run)
+    run.replace("nan_guard", lt.nan_guard())
+
+    with pytest.raises(FloatingPointError, match="grad_norm is nan .iteration 1"):
+        next(run)
+
+
+def nan_gradients(bad):
+    """A finite loss whose gradient is nan at the batch of mean *bad*: that of sqrt at 0."""
+
+    def step(model, batch):
+        zero = (model.w - model.w.detach()).abs()
+        return model(batch) + (torch.sqrt(zero) if batch.mean() == bad else 0)
+
+    return step
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_looked_at_behind_backward(model, sgd, accumulate):
+    """A finite loss can have gradients that are not: the culprit is named, and no weight has seen it."""
+    guarded = lt.optimize(sgd, between=lt.nan_guard(), accumulate=accumulate)
+    run = iter(lt.train(model, batches_of(1, 5, 1), nan_gradients(bad=5)) | guarded)
+
+    with pytest.raises(FloatingPointError, match=r"grad_norm is nan \(iteration 1, epoch 0, batch 1 of train\)"):
+        run.to_end()
+
+    assert model.w.isfinite()
+    run.skip()
+    run.to_end()
+    assert model.w.isfinite()
+
+
+def test_a_loss_that_is_nan_since_the_weights_are_is_told_so(model, sgd):
+    """Before backward the guard sees nan gradients an iteration late; it says that, and what to do."""
+    run = iter(lt.train(model, batches_of(1, 5, 1), nan_gradients(bad=5)) | lt.nan_guard() | lt.optimize(sgd))
+
+    with pytest.raises(FloatingPointError, match=r"iteration 2.*weights are not finite already.*between=lt.nan_guard"):
+        run.to_end()
+
+
+def test_behind_a_closure_it_is_too_late(model):
+    """LBFGS has moved the weights by then."""
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    phase = lt.train(model, batches_of(1), lambda model, batch: model(batch))
+
+    with pytest.raises(ValueError, match="nan_guard: it stands behind update"):
+        next(iter(phase | lt.optimize(lbfgs) | lt.nan_guard()))

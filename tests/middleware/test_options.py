@@ -96,8 +96,8 @@ import looptools as lt
             ValueError,
             r"gamma must be positive, .* use schedules.constant",
         ),
-        (lambda sgd, w: lt.schedules.cosine(0.1, end_ratio=0.1), ValueError, "give end or end_ratio, got both"),
-        (lambda sgd, w: lt.schedules.linear("0"), TypeError, "linear: end must be a number, got '0'"),
+        (lambda sgd, w: lt.schedules.cosine(end=0.1, end_ratio=0.1), ValueError, "give end or end_ratio, got both"),
+        (lambda sgd, w: lt.schedules.linear(end="0"), TypeError, "linear: end must be a number, got '0'"),
         (
             lambda sgd, w: lt.schedules.flat_cosine(75),
             ValueError,

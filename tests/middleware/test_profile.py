@@ -229,3 +229,21 @@ def test_bad_options(tmp_path):
         lt.profile(line=None)
     with pytest.raises(RuntimeError, match="profile: these states belong to no run"):
         next(lt.profile()([lt.State(phase="train")]))
+
+
+def test_a_trace_that_could_not_be_written_comes_with_the_next_try(model, sgd, tmp_path):
+    """It counts as done once it is written."""
+    run = run_of(model, sgd, lt.profile(line=None, folder=tmp_path / "ok", wait=0, warmup=1, active=1))
+    run["profile"].on_build(run)
+    (tmp_path / "ok").rmdir()
+    (tmp_path / "ok").write_text("in the way")
+    next(run)
+    with pytest.raises(OSError):
+        next(run)
+    assert run["profile"].done == 0
+    (tmp_path / "ok").unlink()
+
+    run.to_end()
+
+    assert calls_in(tmp_path / "ok" / "trace_1.json") == (1, 1)
+    assert run["profile"].done == 1

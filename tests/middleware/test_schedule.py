@@ -20,7 +20,7 @@ def phase_of(model, batches, *parts):
 def test_weight_decay_that_grows_is_the_same_as_by_hand():
     """AdamW's weight decay along half a cosine, as in DINO: the bits of the loop by hand."""
     model, optimizer, train, _ = Case(optimizer="AdamW").make()
-    cosine, total = lt.schedules.cosine(0.4), 2 * len(train)
+    cosine, total = lt.schedules.cosine(end=0.4), 2 * len(train)
     model.train()
     for epoch in range(2):
         for index, batch in enumerate(train):
@@ -48,6 +48,62 @@ def test_a_schedule_for_each_group_from_its_own_base(model, batches):
     rates = [[round(group["lr"], 3) for group in sgd.param_groups] for state in phase]
 
     assert rates == [[1.0, 0.5], [0.667, 0.5], [0.333, 0.5]]
+
+
+def two_groups(first, second, option="lr"):
+    """A model of two weights, and its optimizer with this option in two groups."""
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(())) for _ in range(2)])
+    groups = [{"params": [weight], option: value} for weight, value in zip(model, (first, second), strict=True)]
+    return model, torch.optim.SGD(groups, lr=1.0)
+
+
+def values_of(model, optimizer, option, given):
+    """The option of both groups, iteration by iteration."""
+    phase = lt.train(model, [1, 2], lambda model, batch: model[0] * batch + model[1])
+    phase = phase | lt.schedule(optimizer, option, given) | lt.optimize(optimizer)
+    return [[round(group[option], 3) for group in optimizer.param_groups] for state in phase]
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_a_group_that_began_at_0_stays_there(option):
+    """As that of param_groups which is not to decay, under a schedule that goes to a value of its own."""
+    rising = lt.schedules.linear(end=0.4)
+
+    assert values_of(*two_groups(0.2, 0.0, option), option, rising) == [[0.2, 0.0], [0.3, 0.0]]
+    model, optimizer = two_groups(0.2, torch.tensor(0.0), option)
+    optimizer.param_groups[0][option] = 0.0
+    optimizer.param_groups[1][option] = 0.2
+    assert values_of(model, optimizer, option, rising) == [[0.0, 0.2], [0.0, 0.3]]
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_a_list_of_schedules_is_obeyed_where_a_group_began_at_0(option):
+    """It says of each group what it wants; and where all began at 0, nothing was set apart."""
+    rising = lt.schedules.linear(end=0.4)
+
+    assert values_of(*two_groups(0.2, 0.0, option), option, [rising, rising]) == [[0.2, 0.0], [0.3, 0.2]]
+    assert values_of(*two_groups(0.0, 0.0, option), option, rising) == [[0.0, 0.0], [0.2, 0.2]]
+
+
+def test_weights_in_no_decay_do_not_decay():
+    """With param_groups as it comes, and a weight decay that grows as in DINO."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    adam = torch.optim.AdamW(lt.param_groups(model, lr=0.1, weight_decay=0.04))
+    phase = lt.train(model, [torch.ones(2, 2)] * 3, lambda model, batch: model(batch).pow(2).mean())
+
+    (phase | lt.schedule(adam, "weight_decay", lt.schedules.cosine(end=0.4)) | lt.optimize(adam)).to_end()
+
+    assert [group["weight_decay"] for group in adam.param_groups] == [pytest.approx(0.31), 0.0]
+
+
+def test_a_value_that_is_a_tensor_is_noted_as_it_is_now(model, batches):
+    """Filled in place, it would change in all the states that have gone by."""
+    sgd = torch.optim.SGD(model.parameters(), lr=torch.tensor(1.0), weight_decay=0.5)
+    phase = phase_of(model, batches, lt.schedule_lr(sgd, lt.schedules.step(1, 0.5)), lt.optimize(sgd))
+
+    states = list(phase)
+
+    assert [float(state.lr) for state in states] == [1.0, 0.5, 0.25]
 
 
 def test_groups_that_are_added_later_follow_the_one_schedule(model, sgd, batches):
@@ -145,7 +201,7 @@ def resumable(kind):
     model, optimizer, train, val = Case().make()
     parts = {
         "one_cycle": lambda: [lt.schedule_lr(optimizer, lt.schedules.one_cycle(0.2), warmup=3)],
-        "momentum": lambda: [lt.schedule_momentum(optimizer, lt.schedules.cosine(0.5), warmup=lt.epochs(3))],
+        "momentum": lambda: [lt.schedule_momentum(optimizer, lt.schedules.cosine(end=0.5), warmup=lt.epochs(3))],
         "plateau": lambda: [
             lt.schedule_lr(optimizer, lt.schedules.plateau(lt.lowest("val/loss"), patience=0, threshold=0.1))
         ],

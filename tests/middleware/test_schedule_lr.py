@@ -88,6 +88,47 @@ def test_a_fresh_run_begins_from_the_base_value_again(model, sgd, batches):
     assert lrs(phase) == [0.3, 0.2, 0.1]
 
 
+def test_two_changes_by_hand_go_together(model, sgd, batches):
+    """The second rescales what the first has rescaled; a fresh run knows of neither."""
+    phase = phase_of(model, batches, lt.schedule_lr(sgd, lt.schedules.constant()), lt.optimize(sgd))
+    run = iter(phase)
+    for factor in (0.5, 0.25):
+        next(run)
+        sgd.param_groups[0]["lr"] *= factor
+        with pytest.warns(UserWarning, match="was changed by hand"):
+            run.before("update")
+    next(run)
+
+    assert run.state.lr == 0.125
+    run.to_end()
+    assert lrs(phase) == [1.0, 1.0, 1.0]
+
+
+def test_a_change_by_hand_survives_a_resume(tmp_path):
+    """Its factor is in the checkpoint, with the optimizer."""
+
+    def make():
+        model, optimizer, train, _ = Case().make()
+        phase = lt.train(model, train, classify) | lt.schedule_lr(optimizer, lt.schedules.poly())
+        return lt.workflow([(phase | lt.optimize(optimizer), 1)], max_epochs=2)
+
+    def begun(run):
+        next(run)
+        run.optimizer.param_groups[0]["lr"] /= 10
+        with pytest.warns(UserWarning, match="was changed by hand"):
+            list(run.take(6))
+        return run
+
+    straight = begun(make())
+    begun(make() | lt.checkpoint(tmp_path))
+    run = make() | lt.checkpoint(tmp_path)
+    run.resume()
+    rates = lrs(run)
+
+    assert rates == lrs(straight)
+    assert rates[0] == pytest.approx(0.05 * run.optimizer.param_groups[0]["initial_lr"])
+
+
 def test_a_hands_value_over_a_zero_holds_for_that_iteration(model, sgd, batches):
     """There is nothing to scale."""
     phase = phase_of(model, batches, lt.schedule_lr(sgd, lambda done, total, base: float(done == 2)), lt.optimize(sgd))
@@ -128,10 +169,47 @@ def test_torchs_own_schedulers_go_in_as_they_are(make):
             classify(model, batch)["loss"].backward()
             optimizer.step()
             scheduler.step()
-    by_hand = model.state_dict()
+    by_hand, at_the_end = model.state_dict(), (scheduler.last_epoch, optimizer.param_groups[0]["lr"])
 
     model, optimizer, train, scheduler = both()
     phase = lt.train(model, train, classify) | lt.schedule_lr(optimizer, scheduler) | lt.optimize(optimizer)
     lt.workflow([(phase, 1)], max_epochs=2).to_end()
 
     assert_same(model.state_dict(), by_hand)
+    assert (scheduler.last_epoch, optimizer.param_groups[0]["lr"]) == at_the_end
+
+
+def test_a_torch_scheduler_catches_up(model, sgd, batches):
+    """Three updates of a phase that is not scheduled; an extension goes on, a rehearsal leaves no trace."""
+    scheduler = torch.optim.lr_scheduler.StepLR(sgd, 1, gamma=0.5)
+    plain = phase_of(model, batches, lt.optimize(sgd))
+    scheduled = lt.train(model, batches[:1], lambda model, batch: model(batch), name="last")
+    scheduled = scheduled | lt.schedule_lr(sgd, scheduler) | lt.optimize(sgd)
+    run = lt.workflow([(plain, 1), (scheduled, 1)], max_epochs=2)
+    run.rehearse()
+    assert scheduler.last_epoch == 0
+
+    assert [state.lr for state in run if state.phase == "last"] == [0.125]
+    assert scheduler.last_epoch == 4
+    run.extend(max_epochs=4)
+    assert [state.lr for state in run if state.phase == "last"] == [0.5**7]
+    assert scheduler.last_epoch == 8
+
+
+def test_each_optimizers_learning_rate_is_shown(model, batches):
+    """The first is state.lr, the second a gauge; both are in the rows of a log."""
+    model.other = torch.nn.Parameter(torch.ones(()))
+    first, second = torch.optim.SGD([model.w], lr=1.0), torch.optim.SGD([model.other], lr=0.1)
+    phase = lt.train(model, batches, lambda model, batch: model(batch) * model.other)
+    phase = phase | lt.schedule_lr(first, lt.schedules.poly()) | lt.schedule_lr(second, lt.schedules.constant())
+    run = iter(phase | lt.optimize([first, second]))
+
+    seen = [(round(state.lr, 3), state.gauges["lr#2"]) for state in run]
+
+    assert seen == [(1.0, 0.1), (0.667, 0.1), (0.333, 0.1)]
+
+
+def test_a_function_of_one_argument_is_refused_where_it_is_typed(sgd):
+    """As torch's LambdaLR takes one; and it is the value that is asked for, not a factor."""
+    with pytest.raises(TypeError, match=r"schedule_lr: lambda must take \(done, total, base\) and return the value"):
+        lt.schedule_lr(sgd, lambda epoch: 0.1)

@@ -119,3 +119,57 @@ def test_it_belongs_onto_the_run():
     phase = lt.train(None, [1.0], lambda model, batch: {"x": batch}) | lt.stop_after(1)
     with pytest.raises(TypeError, match="stop_after: pipe it onto the run, not onto a phase"):
         next(lt.workflow([(phase, 1)], max_epochs=1))
+
+
+def test_another_predicate_holds_anew_in_a_resumed_run(tmp_path):
+    """Both are called lambda; the one that stopped does not stop an extended run again."""
+    every = lt.epochs(1)
+    make = lambda when: training(lt.checkpoint(tmp_path, every=every), lt.stop_after(when))  # noqa: E731
+    make(lambda state: state.iteration >= 3).to_end()
+    for bound, ended in [(3, "finished: 3 epochs, 12 iterations"), (8, "stop_after: lambda")]:
+        run = make(lambda state, bound=bound: state.iteration >= bound)
+        run.resume(tmp_path / "epoch_0001-iteration_000004.pt")
+        assert next(run, None) is None
+        run.extend(max_epochs=3)
+        iterations = [state.iteration for state in run if state.trains]
+        assert (iterations[-1], run.ended) == (11 if bound == 3 else 8, ended)
+
+
+def test_a_predicate_of_training_states_stops_once():
+    """That it is false in validation says nothing."""
+    run = training(lt.stop_after(lambda state: state.trains and state.iteration >= 2))
+    run.to_end()
+    run.extend(max_epochs=3)
+    run.to_end()
+
+    assert run.ended == "finished: 3 epochs, 12 iterations"
+
+
+def test_a_state_that_was_dropped_counts_no_samples():
+    """The pass's last state of one sample is dropped: the tenth comes with the next pass."""
+
+    def drops(states):
+        for state in states:
+            if state.index != 3:
+                yield state
+
+    phase = lt.train(None, [torch.ones(n) for n in (3, 3, 3, 1)], lambda model, batch: {"x": batch.sum()}) | drops
+    run = lt.workflow([(phase, 1)], max_epochs=2) | lt.stop_after(lt.samples(10))
+
+    assert [state.index for state in run] == [0, 1, 2, 0]
+    assert run.progress.samples == 12
+
+
+def test_a_target_is_reached_by_a_validation_beside_the_workflow():
+    """By a function in the workflow, or on demand."""
+    val = lt.validate(None, [2.0], lambda model, batch: {"x": batch})
+    train = lt.train(None, [1.0] * 2, lambda model, batch: {"x": batch})
+    part = lt.stop_after(lt.target("val/x", at_least=2.0))
+    run = lt.workflow([(train, 1), (lambda run: run.validate(val), 1)], max_epochs=3) | part
+    assert len(list(run)) == 2
+    assert run.ended == "stop_after: val/x is at least 2"
+
+    run = lt.workflow([(train, 1)], max_epochs=3) | part
+    next(run)
+    run.validate(val)
+    assert next(run, None) is None

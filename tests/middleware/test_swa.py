@@ -30,7 +30,7 @@ def by_hand(start=2, every=1):
             classify(model, batch)["loss"].backward()
             optimizer.step()
         scheduler.step()
-        if epoch >= start and epoch % every == 0:
+        if epoch >= start and (epoch - start) % every == 0:
             averaged.update_parameters(model)
         update_bn(train, averaged)
         averaged.eval()
@@ -57,23 +57,24 @@ def test_same_as_by_hand(start, every):
     weights, loss = by_hand(start, every)
     assert_same(averaged.state_dict(), weights)
     assert run.results["val/loss"] == pytest.approx(loss.item(), rel=1e-6)
-    assert averaged.n_averaged == (4 if every == 1 else 1)
+    assert averaged.n_averaged == (4 if every == 1 else 2)
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path, epochs):
-    """Stopped before the average begins, or after."""
-    first = piped()[0] | lt.checkpoint(tmp_path)
+def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path, epochs, every):
+    """Stopped before the average begins, or after; `every` is counted from the first one all along."""
+    first = piped(every=every)[0] | lt.checkpoint(tmp_path)
     list(first.take(14 * epochs))
     torch.manual_seed(99)
-    run, averaged = piped()
+    run, averaged = piped(every=every)
     run = run | lt.checkpoint(tmp_path)
     run.resume()
-    assert averaged.n_averaged == max(epochs - 1, 0)
+    assert averaged.n_averaged == (0 if epochs == 1 else 3 - every)
     run.to_end()
 
-    assert_same(averaged.state_dict(), by_hand()[0])
+    assert_same(averaged.state_dict(), by_hand(every=every)[0])
 
 
 def counts_of(model, sgd, source, epochs=3, **options):
@@ -90,7 +91,8 @@ def test_when_it_averages(model, sgd, batches):
     assert counts_of(model, sgd, lambda: iter(batches), start=lt.epochs(2)) == [0, 0, 0, 0, 0, 1, 1, 1, 2]
     assert counts_of(model, sgd, batches, start=4) == [0, 0, 0, 0, 0, 1, 1, 1, 2]
     assert counts_of(model, sgd, batches, start=4, every=2) == [0, 0, 0, 1, 1, 2, 2, 3, 3]
-    assert counts_of(model, sgd, batches, start=1, every=lt.epochs(2)) == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert counts_of(model, sgd, batches, start=1, every=lt.epochs(2)) == [0, 0, 1, 1, 1, 1, 1, 1, 2]
+    assert counts_of(model, sgd, batches, start=3, every=2) == [0, 0, 1, 1, 2, 2, 3, 3, 4]
     assert counts_of(model, sgd, batches, start=lt.epochs(2), every=2) == [0, 0, 0, 0, 0, 1, 1, 2, 2]
     assert counts_of(model, sgd, batches, start=1, every=lambda state: state.index == 1) == [0, 1, 1, 1, 2, 2, 2, 3, 3]
 
@@ -116,6 +118,20 @@ def test_a_pass_whose_last_batch_is_skipped_ends_all_the_same(model, sgd, batche
     run.skip()
 
     assert averaged.module.w == 0.0
+    assert averaged.n_averaged == 1
+
+
+def test_a_skipped_iteration_is_not_averaged(model, sgd, batches):
+    """Where iterations are counted, the end of the pass is nothing special."""
+    averaged = AveragedModel(model)
+    train = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    run = lt.workflow([(train | lt.swa(averaged, start=3, every=1), 1)], max_epochs=2)
+    list(run.take(2))
+    run.before("backward")
+    run.skip()
+
+    assert averaged.n_averaged == 0
+    next(run)
     assert averaged.n_averaged == 1
 
 

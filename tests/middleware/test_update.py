@@ -139,3 +139,49 @@ def test_a_window_with_a_scaler_is_resumed(tmp_path):
     run.to_end()
 
     assert_same(run.model.state_dict(), straight.model.state_dict())
+
+
+@pytest.mark.parametrize("planted", [(), (2,)])
+def test_a_pass_whose_last_state_is_dropped_before_the_update_is_resumed(planted, tmp_path):
+    """The scale changes before the checkpoint at the pass's end, not when the next window opens."""
+
+    def make():
+        model, optimizer, train, _ = Case().make()
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+
+        def drop(states):
+            for state in states:
+                if not (state.last and state.epoch == 0):
+                    yield state
+
+        def step(model, batch, state):
+            return classify(model, batch)["loss"] * (float("inf") if state.iteration == 6 and planted else 1.0)
+
+        phase = lt.train(model, train, step) | lt.backward(optimizer, scaler=scaler) | drop
+        return lt.workflow([(phase | lt.update(optimizer, scaler=scaler), 1)], max_epochs=2), scaler
+
+    straight, scaler = make()
+    straight.to_end()
+    list((make()[0] | lt.checkpoint(tmp_path)).take(7))
+    run, resumed = make()
+    run = run | lt.checkpoint(tmp_path)
+    run.resume()
+    run.to_end()
+
+    assert resumed.state_dict() == scaler.state_dict()
+    assert_same(run.model.state_dict(), straight.model.state_dict())
+
+
+def test_an_iteration_whose_gradients_are_unscaled_cannot_be_retried():
+    """torch's scaler unscales once an update; `next` makes the update."""
+    model, optimizer, train, _ = Case().make()
+    scaler = torch.amp.GradScaler("cpu")
+    run = iter(lt.train(model, train, classify) | lt.optimize(optimizer, scaler=scaler))
+    run.after("backward")
+
+    with pytest.raises(
+        RuntimeError, match="retry: this iteration cannot be redone: its gradients are unscaled already"
+    ):
+        run.retry()
+    assert next(run).iteration == 0
+    assert run.progress.updates[optimizer] == 1

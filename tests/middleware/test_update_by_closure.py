@@ -80,9 +80,10 @@ def by_hand(kind, max_norm=None, autocast=None, epochs=2):
 
 def piped(kind, max_norm=None, autocast=None, epochs=2):
     model, optimizer, train = make(kind)
-    part = lt.optimize(optimizer, max_norm=max_norm)
     if kind == "sam":
         part = lt.update_by_closure(optimizer, max_norm=max_norm, gradients_first=True)
+    else:
+        part = lt.optimize(optimizer, max_norm=max_norm)
     return lt.workflow([(lt.train(model, train, classify, autocast=autocast) | part, 1)], max_epochs=epochs)
 
 
@@ -328,3 +329,22 @@ def test_one_next_is_one_iteration_and_stopping_early_closes_it(model, batches):
     assert fetched == [0]
     run.close()
     assert all(slot.stream is None for slot in run.cursor.slots)
+
+
+@pytest.mark.parametrize("recipe", [lt.optimize, lt.update])
+def test_an_optimizer_that_asks_for_a_closure_is_told_where_to_go(recipe):
+    """Its signature says so where it is typed, not the first iteration."""
+    _, sam, _ = make("sam")
+
+    with pytest.raises(TypeError, match="update: the step of Sam asks for a closure.*gradients_first=True"):
+        recipe(sam)
+
+
+def test_the_order_of_the_norm_is_passed_on():
+    """The largest of the gradients 3 and 4, not 5."""
+    weights = torch.nn.Parameter(torch.zeros(2))
+    step = lambda model, batch: (weights * batch).sum()  # noqa: E731
+    part = lt.optimize(torch.optim.LBFGS([weights], max_iter=1), max_norm=9.0, norm_type=float("inf"))
+    run = iter(lt.train(nn.ParameterList([weights]), [torch.tensor([3.0, 4.0])], step) | part)
+
+    assert next(run).grad_norm == 4.0

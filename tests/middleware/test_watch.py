@@ -97,8 +97,8 @@ def test_parameters_without_a_gradient_have_none():
 
 
 def test_half_precision_and_sparse_gradients():
-    """The norm of 300 in fp16 is 300 and not inf; a sparse gradient's repeated rows are added up."""
-    half = torch.nn.Parameter(torch.tensor([300.0], dtype=torch.float16))
+    """A norm above fp16's largest number is not inf; a sparse gradient's repeated rows are added up."""
+    half = torch.nn.Parameter(torch.tensor([36000.0, 48000.0, 60000.0], dtype=torch.float16))
     table = torch.nn.Embedding(3, 1, sparse=True)
     table(torch.tensor([1, 1])).sum().backward()
     model = torch.nn.ParameterDict({"fp16": half, "table": table.weight})
@@ -106,7 +106,8 @@ def test_half_precision_and_sparse_gradients():
 
     next(lt.watch(model, every=1)([state]))
 
-    assert (state.metrics["weight_norm/fp16"], state.metrics["grad_norm/table"]) == (300.0, 2.0)
+    assert state.metrics["weight_norm/fp16"] == pytest.approx(60000 * 2**0.5, rel=1e-3)
+    assert state.metrics["grad_norm/table"] == 2.0
 
 
 class collector:
@@ -185,3 +186,38 @@ def test_bad_options(model):
         lt.watch([model])
     with pytest.raises(ValueError, match="watch: there is nothing to watch"):
         lt.watch(model, weights=False, gradients=False)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_tensors_without_a_finite_value_have_no_histogram(tmp_path, value):
+    """Nor have empty ones; the run goes on, with one read for all of them."""
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.ones(2)), "none": torch.nn.Parameter(torch.ones(0))})
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = lambda model, batch: (model["w"] * batch).sum() + model["none"].sum()  # noqa: E731
+    phase = lt.train(model, [torch.ones(2), torch.full((2,), value)], step) | lt.backward(sgd)
+    part = collector()
+    run = lt.workflow([(phase | lt.watch(model, every=1, histograms=True) | lt.update(sgd), 1)], max_epochs=1) | part
+    run.to_end()
+
+    tags = [tag for tag, _ in part.taken]
+    assert tags == ["weights/w", "gradients/w", "weights/w"]
+
+
+def test_a_histogram_that_failed_does_not_bring_the_others_again(model, sgd, batches):
+    """next(run) goes on with the one that could not be written."""
+
+    class fails_once(collector):
+        def histogram(self, tag, values):
+            if tag == "gradients/w" and ("failed", None) not in self.taken:
+                self.taken.append(("failed", None))
+                raise OSError
+            super().histogram(tag, values)
+
+    part = fails_once()
+    run = run_of(model, sgd, batches[:1], lt.watch(model, every=1, histograms=True)) | part
+    with pytest.raises(OSError):
+        next(run)
+    state = next(run)
+
+    assert part.taken == [("weights/w", 3.0), ("failed", None), ("gradients/w", 1.0)]
+    assert state.metrics["weight_norm/w"] == 3.0

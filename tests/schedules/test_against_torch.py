@@ -70,7 +70,7 @@ def test_cosine(base, end, steps):
     """CosineAnnealingLR over all steps; it goes from one value to the next, which costs it some digits."""
     rows = by_torch(torch.optim.lr_scheduler.CosineAnnealingLR, base, steps, T_max=steps, eta_min=end)
 
-    got = ours(lt.schedules.cosine(end), base, steps)
+    got = ours(lt.schedules.cosine(end=end), base, steps)
     assert got == pytest.approx([row["lr"] for row in rows], rel=1e-9, abs=1e-14)
 
 

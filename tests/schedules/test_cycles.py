@@ -61,6 +61,7 @@ def test_an_extension_that_a_schedule_cannot_do_changes_nothing(model, sgd, batc
 
     with pytest.raises(ValueError, match="one_cycle"):
         run.extend(max_epochs=3)
+    assert len(run) == 3
     run.extend(max_epochs=2)
 
     assert len(list(run)) == 6

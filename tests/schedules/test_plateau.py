@@ -66,6 +66,37 @@ def test_a_metric_that_nobody_writes_is_an_error_after_the_first_round():
     assert run.progress.iteration == 2
 
 
+@pytest.mark.parametrize("look", [False, True])
+def test_a_look_on_demand_moves_nothing(look):
+    """`run.validate` judges beside the workflow, which goes on as if nothing had been."""
+    run, optimizer = make([1.0] * 20, lt.schedules.plateau(lt.lowest("val/loss"), factor=0.5, patience=1))
+    phases = {phase.name: phase for phase in run._agenda.phases}
+    run.extend(max_epochs=5)
+    seen = []
+    for state in run:
+        if state.trains:
+            seen.append(optimizer.param_groups[0]["lr"])
+            if look:
+                run.validate(phases["val"])
+
+    assert seen == pytest.approx([0.1] * 6 + [0.05] * 4)
+
+
+def test_results_on_demand_count_where_there_are_no_others():
+    """The loop's body validates, and the workflow does not."""
+    model = torch.nn.ParameterList(WEIGHTS)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    drop = lt.schedules.plateau(lt.lowest("val/loss"), factor=0.5, patience=0)
+    train = lt.train(model, [1], lambda model, batch: model[0] * 0) | lt.schedule_lr(sgd, drop) | lt.optimize(sgd)
+    val = lt.validate(model, [1], lambda model, batch: {"loss": torch.tensor(1.0)})
+    run, seen = lt.workflow([(train, 1)], max_epochs=4), []
+    for state in run:
+        seen.append(state.lr)
+        run.validate(val)
+
+    assert seen == [0.1, 0.1, 0.05, 0.025]
+
+
 def test_it_is_called_in_a_run_only():
     """By itself it has no results to look at."""
     with pytest.raises(RuntimeError, match=r"plateau: it depends on a run's results. Give it to schedule_lr"):

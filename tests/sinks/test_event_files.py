@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from loops import Case, piped
+from loops import Case, classify, loader, piped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
@@ -137,12 +138,47 @@ def test_resuming_at_once_hides_what_lies_behind_the_checkpoint(tmp_path, monkey
     assert steps(tmp_path / "tensorboard/train") == [2, 4, 6, 8, 10, 12, 14]
 
 
+def test_resuming_hides_it_though_the_clock_was_set_back(tmp_path, monkeypatch):
+    """Nor does it wait for the clock."""
+
+    def make():
+        run = piped(Case()) | lt.log(tmp_path, every=2, line=None) | lt.checkpoint(tmp_path)
+        run.resume()
+        return run
+
+    first = make()
+    list(first.take(14 + 3))
+    first.close()
+    for path in (tmp_path / "tensorboard/train").iterdir():  # made tomorrow
+        path.replace(path.with_name(path.name.replace(path.name.split(".")[3], f"{int(time.time()) + 86400}")))
+    second = make()
+    list(second.take(2))
+    second.close()
+    make().to_end()
+
+    assert steps(tmp_path / "tensorboard/train") == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_a_validation_before_training_is_at_step_0(tmp_path):
+    """Its own iteration is 0, as that of the first one after it."""
+    run = piped(Case(epochs=1)) | lt.log(tmp_path, line=None)
+    val = lt.validate(run.model, loader(shuffle=False), classify)
+    run.validate(val)
+    run["log"].text("note", "at 0")
+    next(run)
+    run.validate(val)
+    run.close()
+
+    assert steps(tmp_path / "tensorboard/val-2", "pass/loss") == [0, 1]
+    assert events(tmp_path / "tensorboard/run").Tensors("note/text_summary")[0].step == 0
+
+
 KILLED = """if True:
     import os, signal, sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     import torch
-    from loops import Case, piped
+    from loops import Case, classify, loader, piped
     import looptools as lt
 
     folder = Path({folder!r})

@@ -93,6 +93,18 @@ def test_a_table_is_rewound_to_its_mark_though_it_has_grown_wider(tmp_path):
     assert again.mark() == 2
 
 
+@pytest.mark.parametrize("mark", [0, 1, 2, 3])
+def test_a_table_is_cut_to_so_many_rows(tmp_path, mark):
+    """One more or less would be a row twice, or none."""
+    sink = lt.sinks.CSV(tmp_path / "log.csv")
+    for loss in (1, 2, 3):
+        sink.write({"loss": loss}, STATE)
+    sink.rewind(mark)
+    sink.close()
+
+    assert [row["loss"] for row in table(tmp_path / "log.csv")] == ["1", "2", "3"][:mark]
+
+
 def test_another_runs_table_is_set_aside(tmp_path):
     """As log.jsonl is."""
     for loss in (1, 2):

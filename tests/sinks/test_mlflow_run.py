@@ -81,6 +81,27 @@ def test_a_resumed_run_goes_on_in_the_same_one(tmp_path, client):
     assert (found.data.params, found.data.tags["resumed.lr"]) == ({"lr": "1", "n": "1"}, "2")
 
 
+def test_a_resumed_run_is_running_again(tmp_path, client):
+    """Until it is closed."""
+
+    def make():
+        to = [lt.sinks.MLflow(uri=tmp_path / "store")]
+        return piped(Case()) | lt.log(every=1, line=None, to=to) | lt.checkpoint(tmp_path / "out")
+
+    first = make()
+    list(first.take(14))
+    first.close()
+    [found] = runs(client, "Default")
+    assert found.info.status == "FINISHED"
+    second = make()
+    second.resume()
+    next(second)
+    assert client.get_run(found.info.run_id).info.status == "RUNNING"
+    second.close()
+
+    assert client.get_run(found.info.run_id).info.status == "FINISHED"
+
+
 def test_names_that_mlflow_refuses(tmp_path, client, batches, model):
     """Are changed rather than lost; a value and those of single layers do not get in each other's way."""
 

@@ -14,6 +14,15 @@ def run(model, sgd, batches):
     return lt.workflow([(train, 1), (lt.validate(model, batches[:1], step), 1)], max_epochs=2) | lt.log(line=None)
 
 
+def test_only_a_training_phase_is_told_that_nothing_moves_its_weights(run, model, batches, capsys):
+    """A validation has nobody to move them."""
+    run.explain()
+    assert "no part here moves the weights" not in capsys.readouterr().out
+
+    iter(lt.train(model, batches, lambda model, batch: model(batch))).explain()
+    assert capsys.readouterr().out.count("no part here moves the weights: lt.optimize(optimizer) would") == 1
+
+
 TRAIN = ["batches", "forward", "backward", "clip_grad_norm", "update", "average"]
 
 

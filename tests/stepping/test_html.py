@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from xml.etree import ElementTree
 
 import attrs
@@ -14,6 +15,7 @@ from loops import device_reads
 import looptools as lt
 from looptools import html
 from looptools.stepping import describe, html_of_run
+from looptools.stepping.html import _thinned
 
 HOSTILE = "<script>alert('x')</script>&\"' onload=1"
 
@@ -133,6 +135,99 @@ def test_looking_reads_no_device(run):
     assert reads == []
 
 
+class Unshowable:
+    """A batch that is not loaded yet, an option, a metric."""
+
+    def __repr__(self):
+        raise RuntimeError("not now")
+
+    @property
+    def shape(self):
+        raise RuntimeError("not loaded")
+
+
+@attrs.define(eq=False)
+class odd:
+    """Options whose defaults ask for the part, or that cannot be shown."""
+
+    size: int = attrs.field(default=1, converter=int)
+    double: int = attrs.field()
+    half: int = attrs.field(default=1, converter=attrs.Converter(lambda v, part: v, takes_self=True))
+    table: list = attrs.field(factory=list)
+    value: object = None
+
+    @double.default
+    def _double(self):
+        return self.size * 2
+
+    def __call__(self, states):
+        yield from states
+
+
+def test_options_of_a_part_of_ones_own(model, batches, capsys):
+    """Defaults that need the part are shown, long values cut, what fails to show itself named by its type."""
+    part = odd("1", table=list(range(100_000)), value=Unshowable())
+    run = lt.workflow([(lt.validate(model, batches, step) | part, 1)], max_rounds=1)
+
+    run.explain()
+
+    said = capsys.readouterr().out
+    assert "double=2, half=1, table=[0, 1, 2, 3" in said
+    assert "size=" not in said
+    assert "..., value=<Unshowable>" in said
+    assert len(said) < 1000
+    assert "value=<Unshowable>" in words(html_of_run(run))
+
+
+def test_state_shows_what_it_can(model, batches):
+    """Of what cannot be shown the type: a strided nested tensor, an object with odd shape, a scalar on no device."""
+
+    class Shapeless:
+        shape = dtype = None
+
+    with warnings.catch_warnings(action="ignore"):  # torch says once that they are a prototype
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    state = lt.State(phase="train", batch=[nested, Shapeless(), Unshowable()], outputs={"a": nested})
+    state.loss = torch.ones((), device="meta")
+    state.metrics |= {"good": torch.tensor(2.0), "nested": nested, "odd": Unshowable()}
+
+    shown = words(state._repr_html_())
+
+    assert "good 2 " in shown
+    assert "odd Unshowable" in shown
+    assert "batch [Tensor, Shapeless, Unshowable]" in shown
+    assert "device='meta'" in shown
+
+
+def test_a_failure_that_cannot_be_shown(model, batches):
+    """The name of its type is enough."""
+
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no words")
+
+    def mute(states):
+        for _ in states:
+            raise Mute
+        yield
+
+    run = lt.workflow([(lt.validate(model, batches, step) | mute, 1)], max_rounds=1)
+    with pytest.raises(Mute):
+        next(run)
+
+    assert "failed in val/mute : Mute: Mute" in words(html_of_run(run))
+
+
+def test_many_points_are_thinned_and_the_newest_is_kept():
+    """At most 120 of them."""
+    points = [(float(n), 0.0) for n in range(1001)]
+
+    thinned = _thinned(points)
+
+    assert len(thinned) <= 120
+    assert thinned[-1] == points[-1]
+
+
 @attrs.define(eq=False)
 class note:
     """A part with an option that says anything."""
@@ -160,7 +255,8 @@ def test_every_text_is_escaped(model, batches):
     with pytest.raises(ValueError, match="script"):
         next(failing)
 
-    for fragment in (html_of_run(run), html_of_run(failing), phase._repr_html_(), state._repr_html_()):
+    picture = html.curve(HOSTILE, {HOSTILE: [(1.0, 2.0)]})
+    for fragment in (html_of_run(run), html_of_run(failing), picture, phase._repr_html_(), state._repr_html_()):
         assert "<script" not in fragment
         assert not {element.tag for element in ElementTree.fromstring(fragment).iter()} - {
             *("div", "b", "span", "code", "ol", "li", "details", "summary", "table", "tr", "td"),

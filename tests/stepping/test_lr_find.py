@@ -328,3 +328,40 @@ def test_plot_is_a_figure(run, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_groups_keep_the_ratio_of_their_bases_within_a_schedule():
+    """In mid-run the learning rates in force may stand in another ratio: one group's schedule has come to 0."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.02}]
+    sgd = torch.optim.SGD(groups)
+    seen = []
+
+    def note(states):
+        for state in states:
+            seen.append([group["lr"] for group in sgd.param_groups])
+            yield state
+
+    step = lambda model, batch: (model(batch) - 1).pow(2).mean()  # noqa: E731
+    train = lt.train(model, [torch.randn(4, 2)] * 4, step)
+    train = train | lt.schedule_lr(sgd, [lt.schedules.cosine(), lt.schedules.constant()]) | note | lt.optimize(sgd)
+    run = lt.workflow([(train, 1)], max_epochs=1)
+    list(run.take(3))
+    assert seen[-1][1] / seen[-1][0] == pytest.approx(0.2 / 0.5)
+    seen.clear()
+
+    found = lt.lr_find(run, low=1e-3, high=1e-1, iterations=10)
+
+    assert seen == [[lr, pytest.approx(lr / 5)] for lr in found.lrs]
+
+
+def test_what_was_replaced_is_swept(model, sgd, batches):
+    """The mended step's loss, and the memory of the part that took another one's place."""
+    train = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    run = lt.workflow([(train, 1)], max_epochs=2)
+    next(run)
+
+    run.replace("train/forward", lambda model, batch: 100 + model(batch))
+
+    assert lt.lr_find(run, iterations=10).losses[0] > 90

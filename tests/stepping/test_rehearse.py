@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -83,3 +84,91 @@ def test_a_pass_under_way_goes_on_with_the_workers_it_has():
         losses.append([state.metrics["loss"].item() for state in run])
 
     assert losses[0] == losses[1]
+
+
+def test_what_was_replaced_is_rehearsed(model, sgd, batches, capsys):
+    """The mended step, the replaced part, and those of the run."""
+    step = lambda model, batch: model(batch)  # noqa: E731
+    train = lt.train(model, batches, step) | lt.optimize(sgd, max_norm=0.5, name="D")
+    run = lt.workflow([(train, 1)], max_epochs=2) | lt.log(line=None)
+    next(run)
+    run.replace("train/forward", lambda model, batch: {"loss": model(batch), "mended": 1.0})
+    run.replace("log", lt.log(line=print))
+
+    assert run.rehearse(1)["train/mended"] == 1.0
+    assert capsys.readouterr().out.startswith("train  epoch 1/1  loss 2.5  mended 1")
+
+
+def test_parts_of_a_phase_write_elsewhere_too(model, sgd, tmp_path):
+    """Traces of a trial go to its temporary folder, wherever the part is piped."""
+    train = lt.train(model, [torch.ones(2, 1)] * 4, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    profiled = lt.chain(lt.profile(tmp_path, wait=0, warmup=1, active=1, line=None), name="P")
+    run = lt.workflow([(train | profiled, 1)], max_epochs=1)
+
+    run.rehearse(3)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "LBFGS", "AdamW"])
+def test_optimizers_come_back_to_the_bit_and_as_they_were_held(name, dtype):
+    """State that is not of the weights' dtype, and the groups and tensors that somebody else may hold."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1).to(dtype)
+    batches = [torch.randn(4, 2).to(dtype) for _ in range(3)]
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+    step = lambda model, batch: model(batch).float().pow(2).mean()  # noqa: E731
+    run = lt.workflow([(lt.train(model, batches, step) | lt.optimize(optimizer), 1)], max_epochs=3)
+    list(run.take(4))
+    group = optimizer.param_groups[0]
+    held = {key: value for kept in optimizer.state.values() for key, value in kept.items() if torch.is_tensor(value)}
+    before = [copy.deepcopy(kept) for kept in optimizer.state.values()]
+
+    run.rehearse(2)
+    lt.lr_find(run, iterations=10)
+
+    assert optimizer.param_groups[0] is group
+    assert group["lr"] == 0.1
+    assert str(before) == str(list(optimizer.state.values()))
+    for old, kept in zip(before, optimizer.state.values(), strict=True):
+        for key, value in kept.items():
+            if torch.is_tensor(value):
+                assert (value.dtype, torch.equal(value, old[key])) == (old[key].dtype, True)
+    now = {id(value) for kept in optimizer.state.values() for value in kept.values()}
+    assert all(id(value) in now for value in held.values())
+
+
+def test_buffers_that_were_none_are_none_again(batches):
+    """A layer may fill them in at its first batch."""
+
+    class Fills(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(3.0))
+            self.register_buffer("mean", None)
+
+        def forward(self, batch):
+            self.mean = batch.mean()
+            return self.w * self.mean
+
+    model = Fills()
+    train = lt.train(model, batches, lambda model, batch: model(batch))
+    run = lt.workflow([(train | lt.optimize(torch.optim.SGD(model.parameters(), lr=0.1)), 1)], max_epochs=1)
+
+    run.rehearse()
+
+    assert model.mean is None
+    assert "mean" not in model.state_dict()
+
+
+def test_weights_without_a_shape_yet_are_refused():
+    """A lazy layer has nothing that could be put back."""
+    model = torch.nn.LazyLinear(1)
+    train = lt.train(model, [torch.ones(1, 2)], lambda model, batch: model(batch).mean())
+    run = lt.workflow([(train | lt.optimize(torch.optim.SGD(model.parameters(), lr=0.1)), 1)], max_epochs=1)
+
+    with pytest.raises(RuntimeError, match="rehearse: weights of train's model have no shape yet .* model.batch."):
+        run.rehearse()
+    with pytest.raises(RuntimeError, match="lr_find: weights of train's model have no shape yet"):
+        lt.lr_find(run)

@@ -68,3 +68,36 @@ def test_replace_by_name_swaps_a_plain_generator(model, batches):
     run.replace(mark)
 
     assert (first, next(run).metrics["mark"]) == (1, 2)
+
+
+def test_a_step_is_swapped_by_the_old_ones_name(model, sgd, batches):
+    """The mended step may be called otherwise."""
+
+    def lm(model, batch):
+        return model(batch)
+
+    def lm_mended(model, batch):
+        return 2 * model(batch)
+
+    run = iter(lt.train(model, batches, lm) | lt.optimize(sgd))
+    with pytest.raises(LookupError, match=r"Steps are lm; give the old name first: run.replace\('lm', lm_mended\)"):
+        run.replace(lm_mended)
+
+    run.replace("lm", lm_mended)
+
+    assert next(run).loss.item() == 6.0
+
+
+def test_what_waits_for_the_boundary_is_done_by_the_new_part(model, sgd, batches, tmp_path):
+    """A checkpoint with a wrong key is named, and mended by another one; the same boundary then saves."""
+    phase = lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd)
+    run = lt.workflow([(phase, 1)], max_epochs=1) | lt.checkpoint(tmp_path, best=lt.lowest("train/los"))
+    with pytest.raises(LookupError, match="no part writes"):
+        run.to_end()
+    assert run.failed.part == "run/checkpoint"
+
+    run.replace("checkpoint", lt.checkpoint(tmp_path, best=lt.lowest("train/loss")))
+    run.to_end()
+
+    assert (tmp_path / "best.pt").exists()
+    assert run.best["train/loss"]["iteration"] == 3

@@ -565,3 +565,33 @@ def test_a_closed_run_hands_nothing_out(model, sgd, batches):
 
     assert next(run, None) is None
     assert model.w.item() == 3.0
+
+
+def test_a_retried_iteration_has_no_gauges_of_the_first_try(model, batches):
+    """What stood for itself is measured anew."""
+
+    def gauge(states):
+        for state in states:
+            state.gauges[f"try {len(state.gauges)}"] = 1.0
+            yield state
+
+    run = lt.workflow([(lt.validate(model, batches, lambda model, batch: model(batch)) | gauge, 1)], max_rounds=1)
+    run.after("gauge")
+
+    assert run.retry().gauges == {"try 0": 1.0}
+
+
+def test_a_window_that_has_the_gradients_of_a_skipped_batch_goes_with_it(model, sgd, batches):
+    """Means 1, 2, 3, 4 by three, failing at 2: what moves the weight is the mean of 3 and 4."""
+    train = lt.train(model, [*batches, 4 * torch.ones(1, 1)], lambda model, batch: model(batch))
+    train = train | lt.backward(sgd, accumulate=3) | raising_at(1) | lt.update(sgd)
+    run = lt.workflow([(train, 1)], max_epochs=1)
+    fail(run)
+
+    with pytest.warns(
+        UserWarning, match="skip: the gradients of this batch .* train/backward already, so those of 1 b"
+    ):
+        run.skip()
+    run.to_end()
+
+    assert model.w.item() == 3 - (3 + 4) / 2

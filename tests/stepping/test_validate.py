@@ -297,6 +297,20 @@ def test_a_loader_whose_workers_stay_serves_both_walks(model):
     assert run.results == {"val/x": 1.5}
 
 
+def test_its_row_says_that_it_was_on_demand():
+    """So that what counts the workflow's passes can leave it out; the other rows say nothing."""
+    train, val = phases()
+    run = lt.workflow([(train, 1), (val, 1)], max_epochs=1)
+    run.validate(val)
+    run.to_end()
+
+    assert [(row["phase"], row.get("on_demand", False)) for row in run.history] == [
+        ("val", True),
+        ("train", False),
+        ("val", False),
+    ]
+
+
 def test_ctrl_c_ends_the_validation_at_its_boundary(model, sgd, batches):
     """The iteration finishes, the validation is given up, and the run goes on."""
     seen = []
@@ -315,3 +329,51 @@ def test_ctrl_c_ends_the_validation_at_its_boundary(model, sgd, batches):
     assert seen == [0]
     assert len(list(run)) == 3
     assert "val/loss" not in run.results
+
+
+def test_a_mended_step_and_a_replaced_part_judge_on_demand_too(model, sgd, batches):
+    """What was swapped in a cell holds for the validation beside the workflow."""
+
+    def judge(model, batch):
+        return {"loss": model(batch), "old": 1.0}
+
+    def note(states):
+        for state in states:
+            state.metrics["seen"] = 1.0
+            yield state
+
+    val = lt.validate(model, batches[:1], judge) | note
+    run = lt.workflow([(lt.train(model, batches, judge) | lt.optimize(sgd), 1), (val, 1)], max_epochs=1)
+    next(run)
+
+    run.replace("val/forward", lambda model, batch: {"new": 1.0})
+
+    def doubled(states):
+        for state in states:
+            state.metrics["seen"] = 2.0
+            yield state
+
+    run.replace("val/note", doubled)
+    assert run.validate(val) == {"new": 1.0, "seen": 2.0}
+
+
+def test_a_failed_validation_says_one_thing_only(model, sgd, batches):
+    """Nothing of its own run's verbs, which would redo another run's iteration."""
+
+    def fails(model, batch):
+        raise ValueError("planted")
+
+    val = lt.validate(model, batches, fails)
+    run = lt.workflow(
+        [(lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd), 1)], max_epochs=1
+    )
+    with pytest.raises(ValueError, match="planted") as caught:
+        run.validate(val)
+    assert not any("run.retry()" in note or "next(run)" in note for note in caught.value.__notes__)
+
+    run = lt.workflow([(lambda run: run.validate(val), 1), (val.on(batches), 1)], max_rounds=1)
+    with pytest.raises(ValueError, match="planted") as caught:
+        next(run)
+    assert [note for note in caught.value.__notes__ if "next(run)" in note] == [
+        "next(run) calls it again, run.skip() goes on behind it."
+    ]
