@@ -61,6 +61,8 @@ def is_optimizer(part: Any, field: Any, value: Any) -> None:
 
 def require_optimizer(what: str, value: Any) -> None:
     """Refuse what is not an optimizer."""
+    if isinstance(value, list | tuple) and value and all(isinstance(one, Optimizer) for one in value):
+        raise TypeError(f"{what} must be one optimizer, got {len(value)}. Pipe on one for each.")
     if not isinstance(value, Optimizer):
         raise TypeError(
             f"{what} must be a torch.optim.Optimizer, got {value!r}. "

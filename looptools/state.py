@@ -74,7 +74,7 @@ class State:
     """One iteration: the facts about it, and what the parts of the pipe make of it.
 
     A run makes a fresh one for each batch. Tensors stay on the device where they were
-    made. All counters start at 0.
+    made; its repr shows loss and metrics, which waits for them. All counters start at 0.
 
     Args:
         phase: Name of the phase.

@@ -82,6 +82,7 @@ class backward:
     Raises:
         TypeError: If the step gave no loss.
         RuntimeError: If the loss has no graph.
+        ValueError: If only one of backward and update has the scaler, when the run is built.
         ValueError: If two optimizers hold the same parameter.
 
     Example:

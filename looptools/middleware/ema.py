@@ -93,7 +93,8 @@ class ema:
         start: Updates (or iterations) before which nothing is averaged.
 
     Raises:
-        ValueError: If *averaged* was made of another model than the phase trains, when the run is built.
+        ValueError: When the run is built: if *averaged* has other shapes than the model that the phase trains, or
+            counts updates and no part of the run makes any.
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

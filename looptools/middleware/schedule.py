@@ -61,7 +61,7 @@ class schedule:
     Raises:
         LookupError: If the optimizer has no such option.
         ValueError: When the run is built: if the schedule needs a horizon and the run has none; if it cannot do so
-            many steps; if a momentum would pass 1.
+            many steps; if a momentum would pass 1; if it counts updates and no part of the run makes any.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(()))

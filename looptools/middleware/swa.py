@@ -52,7 +52,7 @@ class swa:
             average; or ``lt.samples(n)``, ``lt.seconds(n)`` or a predicate of the state, which know nothing of *start*.
 
     Raises:
-        ValueError: If *averaged* was made of another model than the phase trains, when the run is built.
+        ValueError: If *averaged* has other shapes than the model that the phase trains, when the run is built.
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel, update_bn

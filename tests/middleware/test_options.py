@@ -132,3 +132,9 @@ def test_bad_options_are_refused_where_they_are_typed(model, sgd, make, error, m
     """What is wrong, what was given, what to do."""
     with pytest.raises(error, match=message):
         make(sgd, model.w)
+
+
+def test_several_optimizers_where_one_is_wanted_are_told_so(sgd):
+    """Not by printing both."""
+    with pytest.raises(TypeError, match=r"optimizer must be one optimizer, got 2. Pipe on one for each.$"):
+        lt.schedule_lr([sgd, sgd], lt.schedules.cosine())
