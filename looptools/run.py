@@ -219,11 +219,6 @@ class Run:
         return None if self._cursor is None else self._cursor.passes.phase
 
     @property
-    def fetched(self) -> float:
-        """Seconds at work at which this iteration's batch was there."""
-        return self.cursor.fetched
-
-    @property
     def model(self) -> Any:
         """The model of the first training phase, or of the first phase."""
         phases = sorted(self._agenda.phases, key=lambda phase: not phase.trains)
