@@ -5,7 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import schedules, sinks
+    from .checkpoints.verify import verify
+    from .checkpoints.verify_resume import verify_resume
+    from .checkpoints.weights import load_weights, save_weights
     from .curves import plot
+    from .data.seeded import seeded
     from .generators import seed_everything
     from .groups import param_groups
     from .intervals import epochs, highest, iterations, lowest, rounds, samples, seconds, target
@@ -42,7 +46,7 @@ if TYPE_CHECKING:
     from .state import Plan, Progress, State
     from .stepping.lr_find import lr_find
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Phase",
@@ -65,6 +69,7 @@ __all__ = [
     "highest",
     "iterations",
     "leak_guard",
+    "load_weights",
     "log",
     "lowest",
     "lr_find",
@@ -78,12 +83,14 @@ __all__ = [
     "profile",
     "rounds",
     "samples",
+    "save_weights",
     "schedule",
     "schedule_lr",
     "schedule_momentum",
     "schedules",
     "seconds",
     "seed_everything",
+    "seeded",
     "sinks",
     "stop_after",
     "swa",
@@ -94,6 +101,8 @@ __all__ = [
     "update",
     "update_by_closure",
     "validate",
+    "verify",
+    "verify_resume",
     "watch",
     "workflow",
 ]
@@ -120,6 +129,7 @@ _HOMES = {
     "highest": "intervals",
     "iterations": "intervals",
     "leak_guard": "middleware.leak_guard",
+    "load_weights": "checkpoints.weights",
     "log": "middleware.log",
     "lowest": "intervals",
     "lr_find": "stepping.lr_find",
@@ -133,11 +143,13 @@ _HOMES = {
     "profile": "middleware.profile",
     "rounds": "intervals",
     "samples": "intervals",
+    "save_weights": "checkpoints.weights",
     "schedule": "middleware.schedule",
     "schedule_lr": "middleware.schedule_lr",
     "schedule_momentum": "middleware.schedule_momentum",
     "seconds": "intervals",
     "seed_everything": "generators",
+    "seeded": "data.seeded",
     "stop_after": "middleware.stop_after",
     "swa": "middleware.swa",
     "target": "intervals",
@@ -147,6 +159,8 @@ _HOMES = {
     "update": "middleware.update",
     "update_by_closure": "middleware.update_by_closure",
     "validate": "phases",
+    "verify": "checkpoints.verify",
+    "verify_resume": "checkpoints.verify_resume",
     "watch": "middleware.watch",
     "workflow": "run",
 }

@@ -51,7 +51,7 @@ class Cursor:
         self.started = False
         self.resumed_from: Path | None = None
         self.began = self.began_before = self.fetched = 0.0  # seconds: this iteration, the one before, its batch
-        self._counted = self._closing = self._working = False
+        self.hears = self._counted = self._closing = self._working = False  # hears: signals' handlers were set for it
         self._entered = 0.0
         self.lines = {id(phase): self._line(phase) for phase in agenda.phases}
         parts = list(flatten(middlewares))
@@ -85,8 +85,8 @@ class Cursor:
         if self._working:
             raise RuntimeError("run: it is at work already, within this iteration or in another thread.")
         in_main = get_ident() == MAIN
-        if in_main and getsignal(signal.SIGINT) is not interrupts.handler:
-            interrupts.install()
+        if in_main and (not self.hears or getsignal(signal.SIGINT) is not interrupts.handler):
+            interrupts.install(self)
         interrupts.at_work += in_main
         self._working = True
         self._entered = perf_counter() - self.progress.seconds
@@ -127,7 +127,7 @@ class Cursor:
             self.finish()
             if interrupts.pending:
                 self.unseen = None if state.dropped else state
-                interrupts.deliver()
+                interrupts.deliver(self)
                 self.unseen = None  # whoever handled it lets the run go on
             if not state.dropped:
                 return state
@@ -136,10 +136,12 @@ class Cursor:
 
     def begin(self) -> bool:
         """Fetch a batch and open its iteration; False at the end of the run, which `conclude` then closes."""
-        if self.unsure is not None:
+        if self.unsure is not None and not self.ended:
             self.unsure()
         if self.ended or self.stopping:
             return False
+        if not self.started:
+            self.start()
         if self.passes.phase is None and not self._open_pass():
             return False
         self.began_before, self.began = self.began, perf_counter() - self._entered
@@ -195,15 +197,13 @@ class Cursor:
 
     def start(self) -> None:
         """From here on the run has begun: files may be written."""
-        if not self.started:
-            for slot in self.slots:
-                if hasattr(slot.part, "on_start"):
-                    slot.part.on_start(self.run)
-            self.started = True
+        for slot in () if self.started else self.slots:
+            if hasattr(slot.part, "on_start"):
+                slot.part.on_start(self.run)
+        self.started = True
 
     def _open_pass(self) -> bool:
         """Go on to the next pass; False if there is none."""
-        self.start()
         self.line, done = [], self.line
         self.close(slot for slot in done if not slot.of_run)
         while (entry := self.passes.upcoming()) is not None and not self.stopping:
@@ -211,7 +211,7 @@ class Cursor:
             try:
                 if isinstance(phase, Phase):
                     self.passes.set_out(entry, phase, self.seconds)
-                    self.line = [*self.lines[id(phase)], *self.run_slots]
+                    self.line_up(phase)
                     for slot in self.line:
                         if hasattr(slot.part, "on_pass"):
                             slot.part.on_pass(self.run)
@@ -223,9 +223,16 @@ class Cursor:
                 raise self._fail(name, error)
         return False
 
+    def line_up(self, phase: Phase) -> None:
+        """Put the parts that a pass of *phase* goes through beside each other."""
+        self.line = [*self.lines[id(phase)], *self.run_slots]
+
     def conclude(self) -> None:
         """There is no further iteration: end the run, if it has not ended yet."""
         if not self.ended:
+            for slot in self.slots:
+                if hasattr(slot.part, "on_end"):
+                    slot.part.on_end(self.run)
             epochs = "1 epoch" if self.progress.epoch == 1 else f"{self.progress.epoch} epochs"
             self.end(self.stopping or f"finished: {epochs}, {self.progress.iteration} iterations")
 
@@ -298,8 +305,7 @@ class Cursor:
         if self.failed is not None and self.failed.exception is error:
             return error  # on its way out through a part that had asked for another state
         error = stopped_by_user_code(name, error)
-        if get_ident() == MAIN and interrupts.at_work == 1:
-            interrupts.pending = False  # this stops the run already
+        interrupts.failed()  # this stops the run already
         self.failed = Failed(name, self.state, error, what_now(name, self.state, slot is not None))
         add_notes(self.failed, self.part_names, self.progress, slot)
         return error
@@ -338,13 +344,9 @@ class Cursor:
         slots = self.slots
         closers = [slot.part.close for slot in slots if hasattr(slot.part, "close")]
         releasers = [source.release for source in self.passes.sources.values()]
-        for close in [lambda: self.close(slots), *closers, *releasers]:
+        for close in [lambda: self.close(slots), *closers, *releasers, lambda: interrupts.release(self)]:
             try:
                 close()
             except BaseException as error:
                 errors.append(error)
-        try:
-            interrupts.release(self._working)
-        except KeyboardInterrupt as error:
-            errors.append(error)
         raise_all(errors)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +92,10 @@ def demo(out: str | Path = "runs/digits", epochs: int = 12) -> lt.Run:
     """
     out = Path(out)
     run = training(out, epochs)
-    if resumed := run.resume():
+    with warnings.catch_warnings():  # of another number of epochs, which is what --epochs is for
+        warnings.filterwarnings("ignore", "resume: since the checkpoint was saved", UserWarning)
+        resumed = run.resume()
+    if resumed:
         done = run.progress.epoch
         print(f"Going on from {resumed}." if done < epochs else f"Done already: {done} epochs, in {out}.")
 

@@ -69,15 +69,36 @@ class Means:
             self.entries.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything collected, in plain values and tensors."""
-        self.fold()
-        entries = [[dict(values), weight] for values, weight in self.entries]
-        return {"entries": entries, "sums": dict(self._sums), "weights": dict(self._weights)}
+        """Everything collected, in plain values and tensors: one column for each key that came with the same others.
+
+        Nothing is added up for it, since that would change the last bits of the means.
+        """
+        runs: list[dict[str, Any]] = []  # of entries in a row that have the same keys
+        for values, weight in self.entries:
+            if not runs or list(runs[-1]["columns"]) != list(values):
+                runs.append({"columns": {key: [] for key in values}, "weights": []})
+            for key, value in values.items():
+                runs[-1]["columns"][key].append(value)
+            runs[-1]["weights"].append(weight)
+        for run in runs:
+            run["columns"] = {key: _packed(column) for key, column in run["columns"].items()}
+        return {"runs": runs, "sums": dict(self._sums), "weights": dict(self._weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.entries = deque(((values, weight) for values, weight in state["entries"]), maxlen=self.window)
+        entries = list(state.get("entries", ()))  # of older versions
+        for run in state.get("runs", ()):
+            columns = {key: list(column) for key, column in run["columns"].items()}
+            for number, weight in enumerate(run["weights"]):
+                entries.append(({key: column[number] for key, column in columns.items()}, weight))
+        self.entries = deque(((values, weight) for values, weight in entries), maxlen=self.window)
         self._sums, self._weights = dict(state["sums"]), dict(state["weights"])
+
+
+def _packed(column: list[Any]) -> Any:
+    """Tensors alike as one tensor, which is one record in a file instead of hundreds; all else as it is."""
+    kinds = {(value.dtype, value.device, value.shape) if isinstance(value, Tensor) else None for value in column}
+    return torch.stack(column) if len(kinds) == 1 and None not in kinds else column
 
 
 def _gather(

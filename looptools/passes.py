@@ -8,10 +8,10 @@ import attrs
 import torch
 
 from .agenda import Agenda, Entry, Place
+from .data.sources import END, Source
 from .devices import model_device
 from .phases import Phase
 from .pipeline import numbered
-from .sources import END, Source
 from .state import Plan, Progress, State
 
 
@@ -38,7 +38,7 @@ class Passes:
         self.stretch()
         self._entry: Entry
         self._source: Source
-        self._index = 0  # of the batch that comes next
+        self.index = 0  # of the batch that comes next
         self._exact: int | None = None  # iterations of the pass, if that is known,
         self._most: int | None = None  # and how many there may be at most
 
@@ -47,7 +47,7 @@ class Passes:
         self.epochs = self.agenda.epochs(self.lengths)
         self.iterations = self.agenda.iterations(self.lengths)
         if self.phase is not None:
-            self._measure(self._entry)
+            self.measure()
 
     def upcoming(self) -> Entry | None:
         """The entry whose pass comes next; None if the run is over."""
@@ -56,19 +56,22 @@ class Passes:
 
     def set_out(self, entry: Entry, phase: Phase, seconds: float) -> None:
         """Begin the next pass of *entry*."""
-        source, name = self.sources[id(phase)], self.names[id(phase)]
-        source.device = _device(phase)
-        goes_on = source.under_way and phase.trains and entry.batches is not None
-        if not goes_on:
+        source = self.open(entry, phase)
+        if not (source.under_way and phase.trains and entry.batches is not None):
             source.begin()
-        self.phase, self._entry, self._source, self._index, self.began = phase, entry, source, 0, seconds
-        self.began_at = self.progress.iteration
-        self.plan = Plan(phase=name, trains=phase.trains, round=self.progress.round)
-        self._measure(entry)
+        self.index, self.began, self.began_at = 0, seconds, self.progress.iteration
+        self.measure()
 
-    def _measure(self, entry: Entry) -> None:
+    def open(self, entry: Entry, phase: Phase) -> Source:
+        """Look at *phase* and its source, wherever in the pass."""
+        self._source, self._entry, self.phase = self.sources[id(phase)], entry, phase
+        self._source.device = _device(phase)
+        self.plan = Plan(phase=self.names[id(phase)], trains=phase.trains, round=self.progress.round)
+        return self._source
+
+    def measure(self) -> None:
         """Find out how far the pass under way goes."""
-        self._exact, self._most = self.agenda.length(entry, self._source.length, self.began_at)
+        self._exact, self._most = self.agenda.length(self._entry, self._source.length, self.began_at)
         self.plan = attrs.evolve(
             self.plan,
             length=self._exact,
@@ -96,9 +99,9 @@ class Passes:
             once = " It is spent after one pass: give a function that makes it anew (lambda: ...), or a list."
             why = once if hasattr(self._source.given, "__next__") else ""
             raise RuntimeError(f"{self.plan.phase}: its source gave no batch.{why}")
-        phase, progress, index = self.phase, self.progress, self._index
+        phase, progress, index = self.phase, self.progress, self.index
         assert phase is not None
-        self._index = index + 1
+        self.index = index + 1
         back = 0 if phase.trains else 1  # a validation state bears the numbers of the last training state
         state = State(
             phase=self.plan.phase,
@@ -122,8 +125,8 @@ class Passes:
     def is_last(self) -> bool:
         """Whether the batch that was fetched last ends the pass; fetches one ahead if only that can tell."""
         if self._exact is not None:
-            return self._index == self._exact
-        return self._index == self._most or not self._source.peek()
+            return self.index == self._exact
+        return self.index == self._most or not self._source.peek()
 
     def is_round_last(self) -> bool:
         """Whether the pass under way is the last one of its round."""

@@ -11,11 +11,11 @@ from torch.nn import Module
 
 from . import html
 from .checks import whole_number
+from .data.sources import check_source, trusted_len
 from .middleware.average import average
 from .middleware.forward import forward
 from .options import given, source_of
 from .pipeline import Middleware, check, flatten, fresh, numbered
-from .sources import check_source, trusted_len
 
 if TYPE_CHECKING:
     from .run import Run

@@ -14,6 +14,7 @@ from .agenda import Agenda, agenda
 from .checks import known, whole_number
 from .cursor import Cursor
 from .failures import Failed
+from .intervals import highest
 from .middleware.freeze import see_who_froze
 from .phases import Phase
 from .pipeline import Middleware, check
@@ -93,7 +94,7 @@ class Run:
         cursor = Cursor(self, self._agenda, self._middlewares, self.progress)
         self._cursor = cursor
         try:
-            checkpoints.require_owners(cursor)
+            checkpoints.look(cursor)
             order.check_order(cursor)
             cursor.unsure = training_doubt(cursor)
             self._optimizer = checkpoints.only(checkpoints.inventory(cursor).optimizers)
@@ -328,16 +329,25 @@ class Run:
         """
         return stepping.rehearse(self, batches)
 
-    def resume(self, path: str | Path | None = None) -> Path | None:
+    def resume(self, path: str | Path | None = None, *, accept: str | Iterable[str] = ()) -> Path | None:
         """Go on from the newest sound checkpoint of *path*, by default that of the checkpoint part's own folder.
+
+        The run then stands where it was saved, also in the middle of a pass, and ends with the bits that it would have
+        ended with. Damaged files are said, set aside, and the one before is taken.
+
+        Args:
+            path: A folder, or one file.
+            accept: What may differ from the run that was saved: ``"data"``, ``"batch_size"``, ``"world_size"``,
+                ``"seed"``, ``"pipe"``, one or several. Parts that only look (`log`, `timer` ...) may come and go.
 
         Returns:
             The file, or None if there is none: a fresh start.
 
         Raises:
-            RuntimeError: If the run has begun, or the checkpoint belongs to another pipe.
+            RuntimeError: If the run has begun, all files are damaged, or something differs that is not accepted; then
+                nothing was changed.
         """
-        return checkpoints.resume(self, path)
+        return checkpoints.resume(self, path, accept)
 
     # For parts
 
@@ -391,15 +401,15 @@ class Run:
         """Make *folder*, and refuse one that cannot be written to."""
         checkpoints.require_folder(folder, part)
 
-    def require_own(self, folder: Path) -> None:
-        """Refuse a *folder* with checkpoints that this run was not resumed from."""
-        checkpoints.require_own(folder, self.cursor.resumed_from)
+    def saver(self, folder: Path, keep: int | None, best: tuple[highest, ...], background: bool) -> checkpoints.Saver:
+        """What a part saves the run with, again and again."""
+        return checkpoints.saver(self, folder, keep, best, background)
 
-    def save(self, folder: str | Path, **options: Any) -> Path | None:
+    def save(self, folder: str | Path, **options: Any) -> Path:
         """Write a checkpoint into *folder*, made if missing, between two iterations; all of them stay.
 
         Returns:
-            The file. ``run.resume(folder)`` goes on from it if a pass had ended there.
+            The file. ``run.resume(folder)`` goes on from it.
 
         Raises:
             FileExistsError: If the folder holds another run's checkpoints.

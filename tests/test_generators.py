@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import random
 import subprocess
 import sys
+import types
 
 import numpy
 import pytest
 import torch
 
 import looptools as lt
-from looptools.generators import get_generators, set_generators
+from looptools.generators import (
+    drawn_from,
+    generators_within,
+    get_generator,
+    get_generators,
+    seed_generator,
+    set_generator,
+    set_generators,
+)
 
 
 def draw():
@@ -104,3 +115,106 @@ def test_generators_are_saved_and_set_together():
     set_generators(state)
 
     assert draw() == first
+
+
+KINDS = {
+    "torch": lambda: torch.Generator().manual_seed(1),
+    "python": lambda: random.Random(1),
+    "randomstate": lambda: numpy.random.RandomState(1),
+    **{
+        name: lambda name=name: numpy.random.Generator(getattr(numpy.random, name)(1))
+        for name in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+    },
+}
+
+
+def draws(generator):
+    if isinstance(generator, torch.Generator):
+        return torch.randn(3, generator=generator).tolist()
+    if isinstance(generator, random.Random):
+        return [generator.gauss(0, 1) for _ in range(3)]
+    return [float(generator.normal()) for _ in range(3)]
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+def test_any_generator_is_saved_in_plain_values(make):
+    """Loaded by ``torch.load(weights_only=True)``, it draws what it would have drawn."""
+    generator = make()
+    draws(generator)
+    file = io.BytesIO()
+    torch.save(get_generator(generator), file)
+    file.seek(0)
+    state, after = torch.load(file, weights_only=True), draws(generator)
+    again = make()
+
+    set_generator(again, state)
+
+    assert draws(again) == after
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+def test_any_generator_is_seeded(make):
+    """By a number of up to 128 bits."""
+    generator, other = make(), make()
+    draws(other)
+    seed_generator(generator, 2**120 + 5), seed_generator(other, 2**120 + 5)
+
+    assert draws(generator) == draws(other)
+    assert draws(make()) != draws(other)
+
+
+class Slotted:
+    __slots__ = ("noise",)
+
+
+def test_generators_are_found_wherever_they_hang():
+    """In attributes, slots, containers, closures, partials and methods; each once."""
+    noise, found = Slotted(), KINDS["torch"]()
+    noise.noise = found
+    transform = torch.nn.Sequential(torch.nn.Dropout())
+    transform.rng = KINDS["python"]()
+    in_closure = KINDS["PCG64"]()
+
+    class Data(torch.utils.data.Dataset):
+        def __init__(self):
+            self.transforms = [noise, transform, functools.partial(max, key=KINDS["randomstate"]())]
+            self.augment = lambda x: in_closure.normal() * x
+            self.again, self.itself = found, self
+            self.process = [torch.default_generator, numpy.random.mtrand._rand, random._inst, random.SystemRandom()]
+            self.paths = [KINDS["python"]()] * 100_000  # too long to be looked through
+
+        def __len__(self):
+            return 3
+
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(Data(), [0]), generator=torch.Generator())
+
+    assert set(generators_within(loader)) == {
+        "generator",
+        "dataset.dataset.again",
+        "dataset.dataset.transforms.1.rng",
+        "dataset.dataset.transforms.2.keywords.key",
+        "dataset.dataset.augment.in_closure",
+    }
+
+
+def test_a_search_for_generators_ends():
+    """Whatever a data set holds on to."""
+    deep = [[object() for _ in range(200)] for _ in range(200)]
+
+    assert generators_within(types.SimpleNamespace(deep=deep, process=random)) == {}
+
+
+def test_what_is_drawn_within_follows_from_the_facts_alone():
+    """And afterwards everything goes on as if nothing had been drawn."""
+    own = {"noise": random.Random(3)}
+    lt.seed_everything(1)
+    after = [draw(), own["noise"].random()]
+    lt.seed_everything(1)
+    own["noise"].seed(3)
+    within = []
+    for facts in ((1, 2), (1, 2), (12,)):
+        with drawn_from(*facts, own=own):
+            within.append([draw(), own["noise"].random()])
+
+    assert within[0] == within[1] != within[2]
+    assert [draw(), own["noise"].random()] == after

@@ -146,3 +146,30 @@ def test_an_average_on_the_device_equals_the_one_by_hand():
         return averaged.state_dict()
 
     assert_same(averages(by_hand=False), averages(by_hand=True))
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("iterations", [3, 7, 10])
+def test_saved_within_a_pass_and_resumed_on_the_device(tmp_path, iterations, background):
+    """The device's generators come back, gradients and weights go back to their device; to the same bits."""
+    straight = piped(autocast=True)
+    straight.to_end()
+    first = piped(autocast=True) | lt.checkpoint(tmp_path, every=1, background=background)
+    list(first.take(iterations))
+    first.close()
+    run = piped(autocast=True) | lt.checkpoint(tmp_path, every=1)
+    run.resume()
+    run.to_end()
+
+    assert_same(run.model.state_dict(), straight.model.state_dict())
+
+
+def test_a_background_save_waits_for_the_device_once(tmp_path):
+    """One synchronisation for all copies, into pinned memory; nothing is read by `.item()` or the like."""
+    run = piped() | lt.checkpoint(tmp_path, every=2, background=True)
+    list(run.take(2))
+    with device_reads() as reads:
+        list(run.take(4))
+    run.close()
+
+    assert reads == []

@@ -31,10 +31,10 @@ ROOMS = [
     ("phases.py",),
     ("middleware/",),
     ("links.py",),
-    ("pipeline.py", "intervals.py", "schedules/", "sinks/", "sources.py", "groups.py"),
+    ("pipeline.py", "intervals.py", "schedules/", "sinks/", "groups.py", "data/"),
     ("scaling.py", "weighing.py"),
     ("gradients.py",),
-    ("figures.py", "options.py", "modes.py", "devices.py", "generators.py", "interrupts.py", "checks.py"),
+    ("figures.py", "options.py", "plain.py", "modes.py", "devices.py", "generators.py", "interrupts.py", "checks.py"),
     ("warn.py",),
     ("state.py", "html.py", "means.py"),
 ]

@@ -77,3 +77,18 @@ def test_the_recipes_run(tmp_path, monkeypatch):
 
     assert names["run"].results
     assert "never written" not in (tmp_path / "runs/own/log.jsonl").read_text()
+
+
+def test_the_page_on_checkpoints_runs(tmp_path, monkeypatch):
+    """Pasted one after another into an empty folder; the run that was left at 50 iterations goes on from 40."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(block, names)
+
+    assert names["file"].name == "epoch_0000-iteration_000040.pt"
+    assert names["run"].ended == "finished: 2 epochs, 90 iterations"
+    assert "best.pt" in out.getvalue()

@@ -1,8 +1,18 @@
 """What is saved, how it is written, found and loaded again."""
 
-from .files import require_folder, require_own
+from ..cursor import Cursor
+from .files import require_folder
+from .fingerprint import note_seed
 from .inventory import inventory, only, require_owners
+from .memory import note_parts
 from .resume import resume
-from .save import save
+from .save import Saver, save, saver
 
-__all__ = ["inventory", "only", "require_folder", "require_own", "require_owners", "resume", "save"]
+__all__ = ["Saver", "inventory", "look", "only", "require_folder", "resume", "save", "saver"]
+
+
+def look(cursor: Cursor) -> None:
+    """When a run is built: refuse what could not be saved, and note what a checkpoint will be compared with."""
+    require_owners(cursor)
+    note_parts(cursor)
+    note_seed(cursor)

@@ -14,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..intervals import highest, newest
 from ..pipeline import numbered
-from .files import Manifest, free_name, stem_of
+from .files import free_name, stem_of
+from .manifest import Manifest
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -79,13 +80,13 @@ def take(run: Run, criterion: highest, folder: Path, stem: str) -> Taken | None:
     return Taken(metric, _model_of(run, metric.partition("/")[0]), facts, files)
 
 
-def enter(manifest: Manifest, taken: Taken, written: dict[str, Any]) -> list[dict[str, Any]]:
+def enter(manifest: Manifest, taken: Taken, written: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
     """Put what was *taken* into the manifest, and take out what it displaces, which is returned.
 
     Args:
         manifest: It is changed.
         taken: The result.
-        written: Size and checksum of the new files.
+        written: Size and checksum of each new file.
     """
     known = {entry["file"]: entry for entry in manifest.best}
     facts = taken.facts
@@ -93,7 +94,7 @@ def enter(manifest: Manifest, taken: Taken, written: dict[str, Any]) -> list[dic
     ranked = [(1, best), *enumerate(facts.get("top", []), 1)]
     new = []
     for rank, entry in ranked:
-        sums = written if entry["file"] in taken.files else known.get(entry["file"])
+        sums = written.get(entry["file"], known.get(entry["file"]))
         if sums is not None:
             new.append({"metric": taken.metric, "rank": rank, **entry, "bytes": sums["bytes"], "crc32": sums["crc32"]})
     names = {entry["file"] for entry in new}

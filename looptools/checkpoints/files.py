@@ -1,24 +1,25 @@
-"""Files that are written whole or not at all, and the manifest that lists them."""
+"""The files of a folder of checkpoints: written, copied, checked, set aside."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import os
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Container
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import attrs
 import torch
 
 from ..state import Progress
+from .trailer import END, LENGTH, MAGIC, NO_COMMENT, trailer
+from .whole import Stream, checksum, naming, replacing
 
-MANIFEST = "checkpoints.json"
+
+class Damaged(RuntimeError):  # noqa: N818 - a file is
+    """A file that is not what was written."""
 
 
 def require_folder(folder: Path, part: str) -> None:
@@ -36,65 +37,6 @@ def require_folder(folder: Path, part: str) -> None:
         raise
 
 
-def require_own(folder: Path, resumed_from: Path | None, who: str = "checkpoint") -> None:
-    """Refuse a *folder* with checkpoints of another run than the one that *resumed_from* belongs to.
-
-    Raises:
-        FileExistsError: If it is so.
-    """
-    manifest = read_manifest(folder)
-    if not manifest.checkpoints or (resumed_from is not None and _of_one_run(manifest, folder, resumed_from.parent)):
-        return
-    raise FileExistsError(
-        f"{who}: {folder} holds the checkpoints of another run, the newest of epoch "
-        f"{manifest.checkpoints[-1]['epoch']}. Call run.resume() first to go on from it, give another folder, or "
-        "delete this one."
-    )
-
-
-def _of_one_run(manifest: Manifest, folder: Path, other: Path) -> bool:
-    return folder.resolve() == other.resolve() or (manifest.run != "" and manifest.run == readable_manifest(other).run)
-
-
-def serialize(tree: dict[str, Any]) -> bytes:
-    """The bytes of a ``.pt`` file. Done in memory, so that a full disk harms no file."""
-    buffer = io.BytesIO()
-    torch.save(tree, buffer)
-    return buffer.getvalue()
-
-
-def load(path: Path) -> Any:
-    """Read a ``.pt`` file, onto the CPU; no code in it can run.
-
-    Raises:
-        RuntimeError: If it is not what was written: by the manifest beside it, else by the checksums within.
-    """
-    wrong = damage(path, _known(path))
-    if wrong:
-        raise RuntimeError(f"resume: {path} is damaged: {wrong}.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's own errors, of many kinds
-        raise RuntimeError(f"resume: {path} cannot be read: {error}") from error
-
-
-def _known(path: Path) -> dict[str, Any] | None:
-    """What the manifest beside a file says of it, if it does."""
-    manifest = readable_manifest(path.parent)
-    entries = [*manifest.checkpoints, *manifest.best]
-    return next((entry for entry in reversed(entries) if entry["file"] == path.name), None)
-
-
-def _damage_within(path: Path) -> str:
-    """What the checksums of a ``.pt`` file, which is a zip archive, say; torch.load does not look at them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError) as error:
-        return str(error)
-    return "" if bad is None else f"the checksum of {bad} is wrong"
-
-
 def stem_of(progress: Progress) -> str:
     """The name of what is saved after so much."""
     return f"epoch_{progress.epoch:04d}-iteration_{progress.iteration:06d}"
@@ -109,100 +51,145 @@ def free_name(stem: str, taken: Container[str]) -> str:
     return name
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write *data* to *path*: to a temporary file first, which then takes its place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
+def write(path: Path, tree: Any) -> dict[str, int]:
+    """Save *tree* as ``torch.save`` does, whole or not at all, with a trailer behind it.
 
+    It goes through a temporary file, is synced, read back and compared; then it takes the place of *path*.
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name in *folder* outlast a power cut, where the system can do that (Windows cannot)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@attrs.define
-class Manifest:
-    """What a folder holds: its checkpoints, oldest first, the best ones of each metric, by rank, and whose they are."""
-
-    run: str = ""  # the run's id; runs of older versions have none
-    checkpoints: list[dict[str, Any]] = attrs.field(factory=list)
-    best: list[dict[str, Any]] = attrs.field(factory=list)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The checkpoints of a folder; none if it is a new one.
+    Returns:
+        Size and checksum, as a manifest's entry has them.
 
     Raises:
-        RuntimeError: If the manifest cannot be read, or is missing beside checkpoints.
+        OSError: If it cannot be written, with errno and *path*: what was there stays.
+
+    Example:
+        >>> sums = write(folder / "a.pt", {"weight": torch.ones(2)})
+        >>> sums == {"bytes": (folder / "a.pt").stat().st_size, "crc32": zlib.crc32((folder / "a.pt").read_bytes())}
+        True
+        >>> torch.load(folder / "a.pt", weights_only=True)
+        {'weight': tensor([1., 1.])}
     """
-    path = folder / MANIFEST
-    if not path.exists():
-        if any(folder.glob("epoch_*.pt")):
-            raise RuntimeError(f"checkpoint: {folder} holds checkpoints but no {MANIFEST}. Resume from a file.")
-        return Manifest()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        checkpoints = sorted(content["checkpoints"], key=lambda entry: entry["number"])
-        best = content.get("best") or []
-        best = [best] if isinstance(best, dict) else best  # there used to be one only
-        return Manifest(content.get("run", ""), checkpoints, best)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(f"checkpoint: {path} cannot be read ({error}). Resume from a file beside it.") from error
+    with replacing(path) as stream:
+        torch.save(tree, cast(Any, stream))
+        stream.seal()
+    return _sums(stream)
 
 
-def readable_manifest(folder: Path) -> Manifest:
-    """The same; an empty one if it cannot be read."""
-    try:
-        return read_manifest(folder)
-    except RuntimeError:
-        return Manifest()
+def write_bytes(path: Path, data: bytes) -> dict[str, int]:
+    """Write *data* in the same way, without a trailer."""
+    with replacing(path) as stream:
+        stream.torch_sums = False
+        stream.write(data)
+    return _sums(stream)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest."""
-    text = json.dumps({"format": 1, **attrs.asdict(manifest)}, indent=1) + "\n"
-    write(folder / MANIFEST, text.encode())
+def copy(source: Path, path: Path) -> dict[str, int]:
+    """Write a checkpoint once more, in the same way.
 
+    No hard link, and no clone that shares its blocks: damage would hit both.
 
-def describe(data: bytes) -> dict[str, int]:
-    """What a manifest keeps of a file, to know it again by."""
-    return {"bytes": len(data), "crc32": zlib.crc32(data)}
-
-
-def damage(path: Path, entry: dict[str, Any] | None) -> str:
-    """What is wrong with the file of a manifest's entry; empty if it is sound.
-
-    A best file is written over, so a process that was killed before it wrote the manifest leaves a new one beside an
-    old entry; there the checksums within have the last word, as they have without an entry.
+    Raises:
+        OSError: If it cannot be written, or *source* is not sound, with errno and *path*.
     """
-    if entry is None:
-        return _damage_within(path)
-    wrong = differs(path, entry)
-    is_best = "number" not in entry
-    return "" if is_best and wrong and not _damage_within(path) else wrong
+    with replacing(path) as stream, FileIO(source) as file:
+        stream.copy(file)
+    return _sums(stream)
+
+
+def _sums(stream: Stream) -> dict[str, int]:
+    return {"bytes": stream.size, "crc32": stream.crc}
+
+
+def has_trailer(path: Path) -> bool:
+    """Whether a file claims to be one that proves itself; `damage` says whether it is right.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with naming(path), FileIO(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - LENGTH))
+        return file.read(LENGTH).startswith(MAGIC)
+
+
+def damage(path: Path, entry: dict[str, Any] | None = None) -> str:
+    """What is wrong with a file; empty if it is sound.
+
+    Its trailer has the last word. Files of older versions, and of torch.save itself, have none: these are judged by
+    the manifest's *entry*, or by the checksums of the zip archive, which torch.load does not look at. (A best file is
+    written over, so a process that was killed then leaves a new one beside an old entry.)
+    """
+    try:
+        with naming(path), FileIO(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            before = max(0, size - LENGTH)
+            crc = checksum(file, before)
+            end = file.read(LENGTH) or b""
+    except OSError as error:
+        return str(error)
+    if end == trailer(before, crc):
+        return ""
+    if end.startswith(MAGIC):
+        return "its checksum is wrong"
+    wrong = _differs(size, zlib.crc32(end, crc), entry) if entry else ""
+    return wrong if wrong and entry and "number" in entry else _damage_within(path, end)
 
 
 def differs(path: Path, entry: dict[str, Any]) -> str:
     """In what a file is not that of the manifest's entry; empty if it is."""
     try:
-        data = path.read_bytes()
+        found = sums(path)
     except OSError as error:
         return str(error)
-    if len(data) != entry["bytes"]:
-        return f"it has {len(data)} bytes, {entry['bytes']} were written"
-    return "" if zlib.crc32(data) == entry["crc32"] else "its checksum is wrong"
+    return _differs(found["bytes"], found["crc32"], entry)
+
+
+def sums(path: Path) -> dict[str, int]:
+    """Size and checksum of a file.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with naming(path), FileIO(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        return {"bytes": size, "crc32": checksum(file, size)}
+
+
+def _differs(size: int, crc: int, entry: dict[str, Any]) -> str:
+    if size != entry["bytes"]:
+        return f"it has {size} bytes, {entry['bytes']} were written"
+    return "" if crc == entry["crc32"] else "its checksum is wrong"
+
+
+def _damage_within(path: Path, end: bytes) -> str:
+    """What the checksums of a zip archive without a trailer say.
+
+    An archive of torch.save has no comment; one with another than our trailer once had that.
+    """
+    if (end[-END:][:4], end[-2:]) != NO_COMMENT:
+        return "its end is missing or wrong, as of a file that was cut off"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type or entry.file_size != entry.compress_size for entry in entries):
+                return "it holds compressed data, which torch.save never writes"
+            bad = archive.testzip()
+    except Exception as error:  # zipfile's own, of many kinds
+        return str(error) or type(error).__name__
+    return "" if bad is None else f"the checksum of {bad} is wrong"
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename a damaged file to the first free one of ``name.damaged``, ``name.damaged-2`` and so on.
+
+    Returns:
+        Its new name; None if it cannot be renamed, as in a folder that is read-only.
+    """
+    name, number = f"{path.name}.damaged", 1
+    while (aside := path.with_name(name)).exists():
+        number += 1
+        name = f"{path.name}.damaged-{number}"
+    try:
+        path.rename(aside)
+    except OSError:
+        return None
+    return aside

@@ -133,6 +133,8 @@ class freeze:
         self.thawed = self.thawed or self._is_over(run)
         self._hold()
 
+    on_resume = on_pass  # its memory says whether it was thawed within the pass
+
     def _is_over(self, run: Run) -> bool:
         done, until = _DONE.get(type(self.until)), self.until
         return done is not None and done(run) >= until.n  # type: ignore[union-attr]

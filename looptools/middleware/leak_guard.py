@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -46,6 +46,8 @@ class leak_guard:
         >>> torch.get_default_dtype()
         torch.float32
     """
+
+    only_looks: ClassVar[bool] = True
 
     def on_build(self, run: Run) -> None:
         """Take all parts under guard."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 from torch import Tensor
@@ -110,6 +110,7 @@ class log:
     _began: float = attrs.field(default=0.0, init=False, repr=False)
     _taken: State | None = attrs.field(default=None, init=False, repr=False)  # the last one that was taken in
     _clashes: dict[str, bool] = attrs.field(factory=dict, init=False, repr=False)  # metrics with a fact's name: told?
+    only_looks: ClassVar[bool] = True
 
     def __attrs_post_init__(self) -> None:
         if self.csv and self.folder is None:
@@ -151,7 +152,7 @@ class log:
 
     def on_pass(self, run: Run) -> None:
         """Note when the pass began, and begin a new bar."""
-        self._began = run.seconds
+        self._began = run.cursor.passes.began
         if self._bar is not None:
             self._bar.close()
 

@@ -115,6 +115,7 @@ class measure:
     _seen: Callable[[], State | None] | None = attrs.field(default=None, init=False, repr=False)  # the state
     _by: set[str] = attrs.field(factory=set, init=False, repr=False)  # that these metrics have taken in,
     _done: bool = attrs.field(default=False, init=False, repr=False)  # and all the rest too
+    only_looks: ClassVar[bool] = True
     closes_pass: ClassVar[bool] = True
 
     def __attrs_post_init__(self) -> None:

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import torch
@@ -43,6 +43,7 @@ class memory:
 
     every: int | Interval = attrs.field(default=50, kw_only=True, converter=interval)
     reset: bool = attrs.field(default=False, kw_only=True, validator=attrs.validators.instance_of(bool))
+    only_looks: ClassVar[bool] = True
 
     def on_pass(self, run: Run) -> None:
         """Begin the peak anew."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import torch
@@ -71,6 +71,7 @@ class profile:
     _profiler: Any = attrs.field(default=None, init=False, repr=False)  # while it is under way,
     _whole: bool = attrs.field(default=False, init=False, repr=False)  # or through, but not written yet
     _left: Any = attrs.field(default=None, init=False, repr=False)  # what happens if nobody closes it
+    only_looks: ClassVar[bool] = True
 
     def __attrs_post_init__(self) -> None:
         if self.folder is None and self.line is None:
@@ -85,6 +86,8 @@ class profile:
         """Begin before the batch of the first iteration is fetched."""
         if run.phase is not None and run.phase.trains and self._profiler is None and self.done < self.repeat:
             self._begin()
+
+    on_resume = on_pass  # its memory says whether anything is left to do
 
     def __call__(self, states: Iterable[State]) -> Iterator[State]:
         for state in states:

@@ -107,6 +107,12 @@ class schedule:
         """The name that a user typed, for errors."""
         return self.__name__ if self.option in ("lr", "momentum") else "schedule"
 
+    @property
+    def needs_horizon(self) -> bool:
+        """Whether what it does depends on how long the run will be."""
+        given: Any = self.schedule if isinstance(self.schedule, list | tuple) else [self.schedule]
+        return any(getattr(one, "needs_total", False) for one in given)
+
     def __repr__(self) -> str:
         warmup = f", warmup={self.warmup!r}" if self.warmup else ""
         return f"{self.__name__}({type(self.optimizer).__name__}, {_show(self.schedule)}{warmup}, by={self.by!r})"

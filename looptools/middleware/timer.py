@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -56,6 +56,7 @@ class timer:
     _marks: deque[tuple[float, int]] = attrs.field(init=False, repr=False)  # those two, before each of the window
     before: float | None = attrs.field(default=None, init=False, repr=False)  # when the last training state was here
     _anew: bool = attrs.field(default=False, init=False, repr=False)  # a pass has begun since
+    only_looks: ClassVar[bool] = True
 
     def __attrs_post_init__(self) -> None:
         self._marks = deque(maxlen=self.window)

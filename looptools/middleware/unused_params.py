@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 from torch.nn import Module
@@ -51,6 +51,7 @@ class unused_params:
     )
     _opens: bool = attrs.field(default=True, init=False, repr=False)  # the pass's first iteration is still to come
     _told: set[tuple[str, ...]] = attrs.field(factory=set, init=False, repr=False)
+    only_looks: ClassVar[bool] = True
 
     def on_pass(self, run: Run) -> None:
         """A new pass: look at its first iteration, whichever that will be."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import torch
@@ -75,6 +75,7 @@ class watch:
     waits: bool = attrs.field(default=False, init=False, repr=False)  # due, until a window closes
     _seen: Callable[[], State | None] | None = attrs.field(default=None, init=False, repr=False)  # the state
     _given: set[str] = attrs.field(factory=set, init=False, repr=False)  # whose histograms of these tags are given
+    only_looks: ClassVar[bool] = True
 
     def __attrs_post_init__(self) -> None:
         if not (self.weights or self.gradients):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import html
+from ..data.sources import trusted_len
 from ..options import given, source_of
-from ..sources import trusted_len
 from .explain import entries, pipes, whereabouts
 
 if TYPE_CHECKING:

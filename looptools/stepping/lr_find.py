@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..agenda import Agenda, Entry
-from ..checkpoints.tree import memory, remember
+from ..checkpoints.memory import memory, remember
 from ..checks import require_optimizer, whole_number
 from ..figures import new_figure, save, tidy
 from ..links import Slot

@@ -12,9 +12,9 @@ from ..agenda import Agenda, Entry
 from ..checks import whole_number
 from ..cursor import Cursor
 from ..intervals import iterations, rounds
-from ..middleware.log import log
 from ..phases import Phase
-from ..pipeline import Chain, Middleware, name_of
+from ..pipeline import Middleware
+from .elsewhere import elsewhere
 from .kept import kept, require_repeatable
 from .mended import mended, piped
 
@@ -51,6 +51,7 @@ def rehearse(run: Run, batches: int) -> dict[str, float]:
         ]
         middlewares = tuple(_into(part, Path(folder)) for part in piped(cursor.run_slots))
         trial = type(run)(Agenda(tuple(entries), max_rounds=1), middlewares)
+        trial.cursor.hears = True  # a signal is not for the trial, whose folder goes
         trial.cursor.unsure = None  # the body of the user's own loop, which may train, is not rehearsed
         with kept(cursor):
             try:
@@ -66,12 +67,5 @@ def _trial_of(cursor: Cursor, phase: Phase, batches: int, folder: str) -> Phase:
 
 
 def _into(middleware: Middleware, folder: Path) -> Middleware:
-    """The same part, writing into another folder."""
-    if isinstance(middleware, Chain):
-        return attrs.evolve(middleware, parts=tuple(_into(part, folder) for part in middleware.parts))
-    if isinstance(middleware, log):
-        middleware = attrs.evolve(middleware, to=())  # a tracking service need not hear of a rehearsal
-    if attrs.has(type(middleware)) and getattr(middleware, "folder", None) is not None:
-        often = {"log": iterations(1), "checkpoint": rounds(1)}.get(name_of(middleware))
-        return attrs.evolve(middleware, folder=folder, **({"every": often} if often else {}))  # type: ignore[misc]
-    return middleware
+    """The same part, writing into another folder, all of it."""
+    return elsewhere(middleware, lambda _: folder, {"log": iterations(1), "checkpoint": rounds(1)})

@@ -45,7 +45,7 @@ def _finish(cursor: Cursor) -> None:
     cursor.failed = None
     cursor.finish()
     if interrupts.pending:
-        interrupts.deliver()
+        interrupts.deliver(cursor)
 
 
 def after(cursor: Cursor, wanted: str) -> State:

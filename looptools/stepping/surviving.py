@@ -59,7 +59,7 @@ def drop(cursor: Cursor) -> None:
         _drop(cursor, state)
     cursor.failed = None
     if interrupts.pending:
-        interrupts.deliver()
+        interrupts.deliver(cursor)
 
 
 def _drop(cursor: Cursor, state: State) -> None:

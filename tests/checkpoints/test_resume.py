@@ -140,7 +140,7 @@ def test_two_folders_of_one_run_are_gone_on_from(tmp_path, rolling_first):
     def make(epochs):
         parts = [
             lt.checkpoint(tmp_path / "rolling", keep=1),
-            lt.checkpoint(tmp_path / "archive", every=lt.epochs(3), keep=None),
+            lt.checkpoint(tmp_path / "archive", every=lt.epochs(3), keep=None, at_end=False),
         ]
         first, second = parts if rolling_first else parts[::-1]
         return piped(Case(epochs=epochs)) | first | second
@@ -167,7 +167,8 @@ def test_a_folder_of_the_time_before_runs_had_ids(tmp_path):
     make(1).to_end()
     for name in ("a", "b"):
         path = tmp_path / name / "checkpoints.json"
-        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "run"}))
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({"format": 1, "checkpoints": content["checkpoints"], "best": content["best"]}))
 
     run = make(2)
     run.resume()
@@ -222,11 +223,14 @@ def test_a_damaged_file_is_said_and_the_one_before_is_used(tmp_path, harm):
 
     spoil(tmp_path / names(tmp_path)[-1])
     run = piped(Case(epochs=3)) | lt.checkpoint(tmp_path)
-    with pytest.warns(UserWarning, match=r"epoch_0003-iteration_000021.pt is damaged: .* Trying the one before"):
+    with pytest.warns(UserWarning, match=r"epoch_0003-.*pt (is damaged|cannot be read): .* Trying the one before"):
         path = run.resume()
     assert path.name == "epoch_0002-iteration_000014.pt"
+    aside = [file.name for file in tmp_path.glob("*.damaged")]
+    assert aside == ([] if harm == "remove" else ["epoch_0003-iteration_000021.pt.damaged"])
     run.to_end()
     assert_same(run.model.state_dict(), by_hand(Case(epochs=3)))
+    assert lt.verify(tmp_path).sound
 
 
 def test_resume_comes_first(tmp_path):
@@ -242,20 +246,16 @@ def test_resume_comes_first(tmp_path):
         piped(Case()).resume()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"checkpoints": [{"file": "a"}]}'])
-def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path, content):
-    """Not a fresh start: the files beside it can still be given by name."""
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"checkpoints": [{"file": "a"}]}', None])
+def test_a_manifest_that_cannot_be_read_is_made_anew(tmp_path, content):
+    """Not a fresh start: the files say what they are, and the newest is gone on from."""
     (piped(Case()) | lt.checkpoint(tmp_path)).to_end()
-    (tmp_path / "checkpoints.json").write_text(content)
+    (tmp_path / "checkpoints.json").unlink() if content is None else (tmp_path / "checkpoints.json").write_text(content)
 
-    with pytest.raises(RuntimeError, match=r"checkpoints.json cannot be read .* Resume from a file beside it"):
-        (piped(Case()) | lt.checkpoint(tmp_path)).resume()
-    (tmp_path / "checkpoints.json").unlink()
-    with pytest.raises(RuntimeError, match=r"holds checkpoints but no checkpoints.json"):
-        (piped(Case()) | lt.checkpoint(tmp_path)).resume()
     run = piped(Case()) | lt.checkpoint(tmp_path)
-    run.resume(tmp_path / "epoch_0002-iteration_000014.pt")
-    assert run.progress.epoch == 2
+    with pytest.warns(UserWarning, match=r"checkpoints.json is (missing|damaged).* It is made anew from 2 checkpoints"):
+        path = run.resume()
+    assert (path.name, run.progress.epoch) == ("epoch_0002-iteration_000014.pt", 2)
 
 
 @pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "file-alone"])
@@ -281,7 +281,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     path = tmp_path / "other.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
-    with pytest.raises(RuntimeError, match=r"other.pt is (not a checkpoint of a run|damaged)"):
+    with pytest.raises(RuntimeError, match=r"other.pt is (not a checkpoint of a run|empty)"):
         piped(Case()).resume(path)
 
 

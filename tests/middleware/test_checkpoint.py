@@ -13,7 +13,7 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from loops import Case, assert_same, classify, loader, network, piped
+from loops import Case, assert_same, by_hand, classify, loader, network, piped
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -92,20 +92,54 @@ def test_a_metric_that_nobody_writes_is_an_error_after_the_first_round(tmp_path)
     assert run.best["val/score"]["value"] == 2.0
 
 
-@pytest.mark.parametrize(("every", "count"), [(3, 4), (lt.epochs(1), 2), (lambda state: state.index == 2, 4)])
+@pytest.mark.parametrize(
+    ("every", "count"), [(3, 5), (lt.epochs(1), 2), (lt.epochs(3), 1), (lambda state: state.index == 2, 4)]
+)
 def test_how_often(tmp_path, every, count):
-    """By training iterations, by epochs, or by a predicate of the state."""
+    """By training iterations, by epochs, or by a predicate of the state; what counts saves the end, too."""
     (piped(Case()) | lt.checkpoint(tmp_path, every=every, keep=None)).to_end()
 
     assert len(names(tmp_path)) == count
 
 
-def test_checkpoints_in_the_middle_of_a_pass_cannot_be_gone_on_from_yet(tmp_path):
-    """Resuming says so, and what to do."""
-    (piped(Case()) | lt.checkpoint(tmp_path, every=3)).to_end()
+def test_checkpoints_in_the_middle_of_a_pass_can_be_gone_on_from(tmp_path):
+    """Like any other; to the same bits."""
+    list((piped(Case()) | lt.checkpoint(tmp_path, every=3)).take(4))
 
-    with pytest.raises(RuntimeError, match=r"saved within a pass; .* Save at lt.rounds\(1\) or lt.epochs\(1\)"):
-        (piped(Case()) | lt.checkpoint(tmp_path)).resume()
+    run = piped(Case()) | lt.checkpoint(tmp_path)
+    assert run.resume().name == "epoch_0000-iteration_000003.pt"
+    run.to_end()
+    assert_same(run.model.state_dict(), by_hand(Case()))
+
+
+@pytest.mark.parametrize(
+    ("every", "at_end", "last"),
+    [
+        (5, None, 14),
+        (5, False, 10),
+        (lambda state: state.trains and state.index == 1, None, 9),
+        (lambda state: state.first, True, 14),
+    ],
+)
+def test_the_end_of_the_run_is_saved(tmp_path, every, at_end, last):
+    """Unless every is a function of the state, or somebody says otherwise."""
+    (piped(Case()) | lt.checkpoint(tmp_path, every=every, at_end=at_end)).to_end()
+
+    manifest = json.loads((tmp_path / "checkpoints.json").read_text())["checkpoints"]
+    assert manifest[-1]["iteration"] == last
+
+
+def test_a_run_that_is_resumed_at_its_end_saves_nothing_more(tmp_path):
+    """It is left alone."""
+    make = lambda: piped(Case()) | lt.checkpoint(tmp_path, every=5)  # noqa: E731
+    make().to_end()
+    before = names(tmp_path)
+    run = make()
+    run.resume()
+    run.to_end()
+
+    assert names(tmp_path) == before
+    assert run.ended == "finished: 2 epochs, 14 iterations"
 
 
 def test_a_used_folder_is_refused_before_the_first_iteration(tmp_path):
@@ -129,16 +163,16 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_first_iteration(tmp_
         assert "cannot write to" in caught.value.__notes__[0]
 
 
-def test_retention_keeps_the_newest_that_can_be_gone_on_from(tmp_path):
-    """Checkpoints within a round do not push the last one at a round's end out."""
+def test_retention_counts_checkpoints_within_a_pass_like_any_other(tmp_path):
+    """All of them can be gone on from."""
     every = lambda state: state.round_last or (state.trains and state.index % 2 == 0)  # noqa: E731
     run = piped(Case(epochs=3)) | lt.checkpoint(tmp_path, every=every, keep=2)
     list(run.take(2 * 14 + 6))
     run.close()
 
-    assert len(names(tmp_path)) == 3
+    assert names(tmp_path) == ["epoch_0002-iteration_000017.pt", "epoch_0002-iteration_000019.pt"]
     again = piped(Case(epochs=3)) | lt.checkpoint(tmp_path)
-    assert again.resume().name.startswith("epoch_0002-iteration_000014")
+    assert again.resume().name.startswith("epoch_0002-iteration_000019")
 
 
 def test_the_best_is_saved_with_the_weights_that_were_measured(tmp_path):
@@ -317,8 +351,9 @@ def test_a_manifest_of_the_time_when_there_was_one_best_is_read(tmp_path):
     """`best` was a dictionary then."""
     scores([1.0, 2.0], tmp_path, best=lt.highest("val/score")).to_end()
     path = tmp_path / "checkpoints.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text()) | {"format": 1}
     content["best"] = {key: content["best"][0][key] for key in ("file", "bytes", "crc32")}
+    del content["crc32"]
     path.write_text(json.dumps(content))
 
     run = scores([3.0], tmp_path, best=lt.highest("val/score"))
@@ -332,14 +367,14 @@ def test_a_manifest_of_the_time_when_there_was_one_best_is_read(tmp_path):
 def test_a_best_that_cannot_be_written_is_tried_again(tmp_path, monkeypatch):
     """What was there stays, and the ranking too; next(run) goes on there."""
     save = importlib.import_module("looptools.checkpoints.save")
-    real, full = save.write, [True]
+    real, full = save.copy, [True]
 
-    def write(path, data):
+    def copy(source, path):
         if path.name.startswith("best-") and full:
             raise OSError("planted: no space left")
-        real(path, data)
+        return real(source, path)
 
-    monkeypatch.setattr(save, "write", write)
+    monkeypatch.setattr(save, "copy", copy)
     run = scores([1.0, 2.0], tmp_path, best=lt.highest("val/score", top=1))
     next(run)
     run.replace("checkpoint", lt.checkpoint(tmp_path, best=lt.highest("val/score", top=2)))

@@ -182,6 +182,7 @@ def test_another_criterion_begins_afresh():
     assert run["early_stop"].value == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:resume. since the checkpoint was saved:UserWarning")
 def test_another_criterion_begins_afresh_in_a_resumed_run(tmp_path):
     """The file's best value is that of the old one."""
     values = [(5.0, 0.1), (6.0, 1.0), (6.0, 0.5), (6.0, 0.6)]

@@ -79,6 +79,7 @@ def test_seconds_count_the_work_of_resumed_runs_too(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("when", "ended"), [(4, "finished: 3 epochs, 12 iterations"), (9, "stop_after: 9 iterations")])
+@pytest.mark.filterwarnings("ignore:resume. since the checkpoint was saved:UserWarning")
 def test_it_stops_once_and_an_extended_run_goes_on(tmp_path, when, ended):
     """Resumed, it stays stopped until then; another bound holds anew."""
     every = lt.epochs(1)

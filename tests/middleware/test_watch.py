@@ -52,7 +52,7 @@ def test_in_an_accumulation_window_the_iteration_that_closes_it_is_taken(model, 
 
 def test_a_look_that_waits_is_remembered(model, sgd, batches):
     """A part that takes its place within the window takes it up; a checkpoint would hold it too."""
-    from looptools.checkpoints.tree import memory
+    from looptools.checkpoints.memory import memory
 
     run = run_of(model, sgd, batches, lt.watch(model, every=lambda state: state.index == 0), accumulate=2)
     next(run)

@@ -237,6 +237,7 @@ def test_memory_in_fields_outlives_an_exception(model, batches):
     assert run["train/counts"].seen == 4
 
 
+@pytest.mark.filterwarnings("ignore:train. its order is exact, but random transforms:UserWarning")
 @pytest.mark.parametrize("kind", ["list-like", "callable", "class", "loader", "workers"])
 def test_a_source_that_raises_gives_the_same_batch_again(kind):
     """The batch whose loading failed is loaded again: none is lost, whatever the source is."""
