@@ -7,8 +7,9 @@ needs nothing else:
 
     #SBATCH --signal=B:USR1@120                      # 120 seconds before the end, to this script
     python train.py & trap "kill -USR1 $!" USR1
-    wait $!; wait $!                                 # the signal ends the first one
-    [ $? = 75 ] && scontrol requeue $SLURM_JOB_ID
+    wait $!; wait $!; code=$?                        # the signal ends the first one
+    [ $code = 75 ] && scontrol requeue $SLURM_JOB_ID
+    exit $code
 
 The handlers are those of all runs of the process. They are set in the main thread only, when a run begins to work, and
 put back when it ends, sleeps or closes. Handlers that are set later are left alone, and so is a signal that is ignored

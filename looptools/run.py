@@ -408,6 +408,8 @@ class Run:
     def save(self, folder: str | Path, **options: Any) -> Path:
         """Write a checkpoint into *folder*, made if missing, between two iterations; all of them stay.
 
+        A function of the workflow that calls it runs once more from its beginning when the run is resumed there.
+
         Returns:
             The file. ``run.resume(folder)`` goes on from it.
 

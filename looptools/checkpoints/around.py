@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 
+from ..cursor import Cursor
+from ..generators import generators_within
 from ..middleware.forward import forward
 
 
@@ -22,6 +24,26 @@ def surroundings(name: str, part: Any) -> Iterator[tuple[str, str, Any]]:
     prefix = f"{recipe}." if recipe else ""
     for word, value in _reach(part.step if isinstance(part, forward) else part):
         yield prefix, word.lstrip("_"), value
+
+
+def generators_around(cursor: Cursor) -> dict[str, Any]:
+    """Random generators that hang on models, steps and parts, each once, by where they are; sources keep theirs."""
+    within = (generators_within(source.given) for source in cursor.passes.sources.values())
+    seen = {id(generator) for found in within for generator in found.values()}
+    names = cursor.passes.names
+    roots = [(f"{names[id(phase)]}/model", phase.model) for phase in cursor.passes.agenda.phases]
+    for slot in cursor.slots:
+        if attrs.has(type(slot.part)) and not isinstance(slot.part, forward):
+            fields = [field.name for field in attrs.fields(type(slot.part)) if field.init]
+            roots += [(f"{slot.name}/{name}", getattr(slot.part, name, None)) for name in fields]
+        roots += [(f"{slot.name}/{word}", value) for _, word, value in surroundings(slot.name, slot.part)]
+    found: dict[str, Any] = {}
+    for path, root in roots:
+        for where, generator in generators_within({path: root}).items():  # wrapped: modules among globals are leaves
+            if id(generator) not in seen:
+                seen.add(id(generator))
+                found[where] = generator
+    return found
 
 
 def _reach(thing: Any) -> Iterator[tuple[str, Any]]:

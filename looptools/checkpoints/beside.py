@@ -38,10 +38,11 @@ def loose_gradients(cursor: Cursor, found: Inventory) -> dict[str, dict[str, Ten
 
 def put_gradients(found: Inventory, gradients: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Put back what `loose_gradients` gave."""
-    for word in gradients.keys() & found.modules.keys():
-        for name, parameter in found.modules[word].named_parameters():
-            if name in gradients[word]:
-                parameter.grad = gradients[word][name].to(parameter.device)
+    for word, module in found.modules.items():
+        for name, parameter in module.named_parameters():
+            saved = gradients.get(word, {}).get(name)
+            if saved is not None:
+                parameter.grad = saved.to(parameter.device)
 
 
 def tell_of_optimizers(cursor: Cursor, found: Inventory) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,7 @@ from ..cursor import Cursor
 from ..data.sources import Source
 from ..options import given
 from ..pipeline import name_of
+from .inventory import inventory
 
 WORDS = ("data", "batch_size", "world_size", "seed", "pipe")  # what can be accepted
 _SEEDS: WeakKeyDictionary[Cursor, int | None] = WeakKeyDictionary()
@@ -150,16 +151,71 @@ def _entry(entry: list[Any]) -> str:
     return f"{name} x {passes}" if batches is None else f"{name} x {batches} batches"
 
 
-def said(cursor: Cursor, tree: Mapping[str, Any]) -> list[str]:
-    """What else has changed since *tree* was saved: versions, options, the horizon."""
+def said(cursor: Cursor, tree: Mapping[str, Any], fresh: Container[str] = ()) -> list[str]:
+    """What else has changed since *tree* was saved: versions, options, the horizon.
+
+    Args:
+        cursor: The run's machine.
+        tree: What was saved.
+        fresh: Names of what begins afresh.
+    """
     looking, now = set(lookers(cursor)), options(cursor)
     then = tree.get("options", {})
-    changed = [name for name in now if name in then and name not in looking and then[name] != now[name]]
+    moved = {name.removesuffix("/options") for name in tree.get("held", {})}  # by the part itself: they are set back
+    changed = [n for n in now if n in then and n not in looking and n not in moved and then[n] != now[n]]
     found = [f"{name}: ({then[name]}) saved, ({now[name]}) here" for name in changed]
     stretched = any(getattr(slot.part, "needs_horizon", False) for slot in cursor.slots)
     for name, bound in bounds(cursor).items():
         before = tree.get("bounds", {}).get(name, bound)
         if before != bound and stretched:
             found.append(f"{name}: {before} saved, {bound} here; schedules stretch over what is here")
+    for name, optimizer in inventory(cursor).optimizers.items():
+        if name in tree["optimizers"] and name not in fresh:
+            found += _of_groups(
+                name, tree["optimizers"][name]["param_groups"], optimizer.param_groups, bool(tree["schedulers"])
+            )
+    for name, module in inventory(cursor).modules.items():
+        found += _of_dtypes(name, tree["models"].get(name, {}), module.state_dict())
     version = str(torch.__version__)
     return [*found, f"torch: {tree['torch']} saved, {version} here"] if tree["torch"] != version else found
+
+
+def _of_groups(
+    name: str, saved: Sequence[Mapping[str, Any]], here: Sequence[Mapping[str, Any]], scheduled: bool
+) -> list[str]:
+    """Options of an optimizer that its saved state will set back; of what a schedule moves, the base value counts.
+
+    Args:
+        name: Of the optimizer.
+        saved: Its groups in the file.
+        here: And here.
+        scheduled: Whether a scheduler of torch's is at work, which may move the momentum.
+    """
+    found = []
+    for number, (then, now) in enumerate(zip(saved, here, strict=True)):
+        where = f"{name}.param_groups[{number}]" if len(here) > 1 else name
+        for key in now:
+            moved = key in ("momentum", "betas") and (scheduled or "initial_momentum" in then)
+            bookkeeping = key.startswith(("initial_", "scheduled_", "max_", "min_", "base_")) or key.endswith(
+                "_by_hand"
+            )
+            if moved or bookkeeping or key not in then:
+                continue
+            before, after = (group.get(f"initial_{key}", group[key]) for group in (then, now))
+            plain = isinstance(after, str | bool | int | float | tuple | list) and key != "params"
+            if plain and type(before) in (type(after), int, float, list, tuple) and _as_list(before) != _as_list(after):
+                found.append(f"{where}: {key} {before} saved, {after} here; the saved one holds, until you set it")
+    return found
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _of_dtypes(name: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """The first tensor that would be cast."""
+    for key, value in here.items():
+        before = saved.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(before, torch.Tensor) and value.dtype != before.dtype:
+            return [f"{name}: {key} is {before.dtype} in the file, {value.dtype} here, and will be cast"]
+    return []

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..cursor import Cursor
-from .fingerprint import Difference, differences, workflow
+from .fingerprint import Difference, differences, fingerprint, workflow
 from .inventory import inventory, parameter_names
 
 
@@ -86,15 +86,26 @@ def _pass_differences(cursor: Cursor, tree: Mapping[str, Any], where: Mapping[st
     names = {name: key for key, name in cursor.passes.names.items()}
     if where["phase"] not in names or where["phase"] not in [entry[0] for entry in workflow(cursor)]:
         return [Difference(f"it was saved within a pass of {where['phase']}, which this run does not have")]
-    length = cursor.passes.lengths[names[where["phase"]]]
-    same_size = not any(d.word == "batch_size" for d in differences(cursor, tree))
-    if length is not None and where["index"] >= length and same_size and tree["workflow"] == workflow(cursor):
-        entry = workflow(cursor)[tree["place"][0]]
-        if entry[2] is None:
-            return [
-                Difference(f"{where['index']} batches of the pass of {where['phase']} were done, it has {length} here")
-            ]
-    return []
+    entry = next(entry for entry in workflow(cursor) if entry[0] == where["phase"])
+    length, index = cursor.passes.lengths[names[where["phase"]]], index_here(cursor, tree, where)
+    if length is None or index < length or entry[2] is not None:
+        return []
+    return [Difference(f"{index} batches of the pass of {where['phase']} were done, it has {length} here")]
+
+
+def batch_sizes(cursor: Cursor, tree: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[int, int] | None:
+    """That of the pass under way when it was saved, and that it has here, if they differ."""
+    name = where["phase"]
+    then = tree.get("fingerprint", {}).get("sources", {}).get(name, {}).get("batch_size")
+    now = fingerprint(cursor)["sources"][name]["batch_size"]
+    return (then, now) if then and now and then != now else None
+
+
+def index_here(cursor: Cursor, tree: Mapping[str, Any], where: Mapping[str, Any]) -> int:
+    """Batches of the pass that are done; with another batch size as many as have the same samples."""
+    sizes = batch_sizes(cursor, tree, where)
+    index: int = where["index"]
+    return index if sizes is None else index * sizes[0] // sizes[1]
 
 
 def _model_differences(name: str, here: dict[str, Any], saved: dict[str, Any]) -> list[str]:

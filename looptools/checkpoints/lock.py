@@ -80,13 +80,15 @@ def hold(cursor: Cursor, folder: Path) -> None:
     if path in _LOST.get(cursor, ()):
         raise Locked(f"checkpoint: another run of this process has taken {folder} over. Go on with that one.")
     held = _HELD.get(path)
+    owner = held.owner() if held is not None and held.owner is not None else None  # from here on it stays
+    if held is not None and _HELD.get(path) is not held:
+        held = None
     with naming(path):
         if held is not None and held.file is not None and not _is_at(path, held.file):  # the folder was made anew
             held.release()
-            held = None
+            held = owner = None
         if held is None:
             held = _HELD[path] = _Hold(path, _lock(path))
-    owner = held.owner() if held.owner is not None else None
     if owner is cursor:
         return
     if owner is not None:

@@ -112,9 +112,18 @@ def read_list(path: Path) -> Manifest:
         checkpoints = sorted(content["checkpoints"], key=lambda entry: entry["number"])
         best = content.get("best") or []
         best = [best] if isinstance(best, dict) else best  # there used to be one only
+        names = [entry["file"] for entry in checkpoints] + [entry.get("file", "best.pt") for entry in best]
+        for name in names:
+            if not _is_name(name):  # what is listed may be renamed and deleted
+                raise Broken(f"it names {name!r:.100}, which is no checkpoint in its folder")
         return Manifest(content.get("run", ""), checkpoints, best)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Broken(f"it cannot be read ({error})") from error
+
+
+def _is_name(name: Any) -> bool:
+    """Whether it is the name of a ``.pt`` file, and no way out of its folder on any system."""
+    return isinstance(name, str) and name.endswith(".pt") and not set(name) & set("/\\:\0")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -139,7 +148,8 @@ def rebuilt(folder: Path) -> Manifest:
     The newest is the one with the largest number, neither by time nor by name.
     """
     sound = [saved for path in sorted(folder.glob("*.pt")) if (saved := _saved(path)) is not None]
-    listed = {saved.path: saved for saved in sound if saved.path in checkpoints_in(folder)}
+    named = set(checkpoints_in(folder))
+    listed = {saved.path: saved for saved in sound if saved.path in named}
     if not listed:
         return Manifest()
     run = max(listed.values(), key=lambda saved: saved.newer).run

@@ -13,19 +13,62 @@ from weakref import WeakKeyDictionary
 import attrs
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..cursor import Cursor
+from ..middleware.forward import forward
 
 Before = tuple[Any, dict[str, Any]]  # a part of a plain class, and its attributes when the run was built
 
+LIBRARY = __name__.partition(".")[0]
+SCALARS = (str, int, float, bool, type(None))
 GROWING = (set, bytearray, deque, defaultdict, Counter, OrderedDict)
 _BUILT: WeakKeyDictionary[Cursor, dict[str, Before]] = WeakKeyDictionary()
 
 
 def note_parts(cursor: Cursor) -> None:
     """Look at the parts of plain classes when the run is built: what changes from then on is their memory."""
-    plain = [slot for slot in cursor.slots if _is_plain(slot.part)]
-    _BUILT[cursor] = {slot.name: (slot.part, _copied(_open(slot.part))) for slot in plain}
+    plain = {slot.name: slot.part for slot in cursor.slots if _is_plain(slot.part)}
+    _BUILT[cursor] = {name: (thing, _copied(_open(thing))) for name, thing in {**plain, **_held(cursor)}.items()}
+
+
+def _held(cursor: Cursor) -> dict[str, Any]:
+    """Objects of the user's own that are no parts, but may remember something: steps and the models' modules."""
+    held: dict[str, Any] = {}
+    for slot in cursor.slots:
+        if isinstance(slot.part, forward):
+            step = getattr(slot.part.step, "__self__", slot.part.step)
+            if step is not None and not isinstance(step, Module) and _is_plain(step):
+                held[f"{slot.name}/step"] = step
+        elif attrs.has(type(slot.part)) and type(slot.part).__module__.partition(".")[0] != LIBRARY:
+            held[f"{slot.name}/options"] = slot.part
+    for phase in cursor.passes.agenda.phases:
+        modules = phase.model.named_modules() if isinstance(phase.model, Module) else ()
+        held |= {f"{cursor.passes.names[id(phase)]}/model/{path}": module for path, module in modules}
+    return held
+
+
+def held_memories(cursor: Cursor) -> dict[str, dict[str, Any]]:
+    """What has changed since the run was built: attributes of steps and modules, options of the user's parts."""
+    found = {}
+    for name, thing in _held(cursor).items():
+        noted, before = _BUILT.get(cursor, {}).get(name, (None, {}))
+        if noted is thing:
+            changed = {k: v for k, v in _open(thing).items() if k not in before or not _same(before[k], v)}
+            if changed:
+                found[name] = changed
+    return found
+
+
+def remember_held(cursor: Cursor, held: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give back what `held_memories` gave."""
+    here = _held(cursor)
+    for name in held.keys() & here.keys():
+        for key, value in held[name].items():
+            setattr(here[name], key, value)
 
 
 def memories(cursor: Cursor) -> dict[str, dict[str, Any]]:
@@ -76,8 +119,16 @@ def _is_plain(part: Any) -> bool:
     return not (told or inspect.isroutine(part) or isinstance(part, functools.partial))
 
 
-def _open(part: Any) -> dict[str, Any]:
-    return {name: value for name, value in getattr(part, "__dict__", {}).items() if name[0] != "_"}
+def _open(thing: Any) -> dict[str, Any]:
+    """Attributes without an underscore: of a module plain values, of an attrs part its options, of all else any."""
+    if attrs.has(type(thing)):
+        names = [field.name for field in attrs.fields(type(thing)) if field.init and not field.name.startswith("_")]
+        held = {name: getattr(thing, name, None) for name in names}
+        return {name: value for name, value in held.items() if type(value) in SCALARS}
+    held = {name: value for name, value in getattr(thing, "__dict__", {}).items() if name[0] != "_"}
+    if isinstance(thing, Module):
+        return {name: value for name, value in held.items() if type(value) in SCALARS and name != "training"}
+    return held
 
 
 def _copied(value: Any) -> Any:
@@ -88,10 +139,33 @@ def _copied(value: Any) -> Any:
         return {key: _copied(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
-    return copy.copy(value) if type(value) in GROWING or hasattr(value, "tobytes") else value
+    if type(value) in GROWING or hasattr(value, "tobytes"):
+        return copy.copy(value)
+    return _Seen(value) if _is_own(value) else value
+
+
+class _Seen:
+    """An object of a user's class, and its plain attributes when it was looked at."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing, self.plain = thing, _scalars(thing)
+
+
+def _scalars(thing: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(thing).items() if type(value) in SCALARS}
+
+
+def _is_own(value: Any) -> bool:
+    """Whether it is an object of a class of the user's, which may change in place."""
+    kind = type(value)
+    known = (Module, Optimizer, type, GradScaler, LRScheduler)
+    home = kind.__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and home not in (LIBRARY, "torch", "builtins") and not isinstance(value, known)
 
 
 def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, _Seen):
+        return before.thing is now and before.plain == _scalars(now)
     if before is now:
         return True
     if type(before) is not type(now):

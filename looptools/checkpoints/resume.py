@@ -16,7 +16,7 @@ from .fingerprint import read_words
 from .forgetful import forgetful
 from .identity import identity
 from .loading import load
-from .lock import hold
+from .lock import hold, let_go
 from .manifest import Manifest, read_manifest, readable_manifest, write_manifest
 from .tree import FORMATS, restore
 
@@ -43,35 +43,50 @@ def resume(run: Run, path: str | Path | None, accept: str | Iterable[str] = ()) 
         raise RuntimeError("resume: the run has begun already. Resume first, or call run.reset().")
     if path is not None and not Path(path).exists():
         raise FileNotFoundError(f"resume: there is no {path}.")
-    own = path is None
-    if path is not None and Path(path).is_file():
-        file, tree = Path(path), load(path)
-    else:
-        folders = [Path(path)] if path is not None else _own_folders(run)
-        for folder in folders if own else ():
-            if folder.exists():
-                hold(cursor, folder)  # nobody else may write there, from now on
-        found = _newest(folders, own)
+    try:
+        found = _find(run, None if path is None else Path(path))
         if found is None:
             return None
         file, tree = found
+        _go_on(run, file, tree, words)
+    except BaseException:
+        let_go(cursor)  # which never began
+        raise
+    cursor.resumed_from = file
+    for name in forgetful(cursor):
+        warn(f"resume: {name} begins anew: what it keeps in local variables is not saved. Fields of a class are.")
+    for part in _parts(run):
+        manifest = readable_manifest(part.folder)
+        own = identity(cursor)
+        if manifest.run == own.id:
+            own.number = max(
+                own.number, _newest_number(manifest)
+            )  # after an older file too, what is saved next is newest
+            for criterion in part.best:
+                _reconcile(run, part.folder, manifest, criterion)
+    return file
+
+
+def _find(run: Run, path: Path | None) -> tuple[Path, Any] | None:
+    """The checkpoint to go on from, loaded. The run's own folders are held from now on: nobody else may write there."""
+    if path is not None:
+        return (path, load(path)) if path.is_file() else _newest([path], own=False)
+    folders = _own_folders(run)
+    for folder in folders:
+        if folder.exists():
+            hold(run.cursor, folder)
+    return _newest(folders, own=True)
+
+
+def _go_on(run: Run, file: Path, tree: Any, words: Iterable[str]) -> None:
     if not isinstance(tree, dict) or tree.get("format") not in FORMATS:
         raise RuntimeError(
             f"resume: {file} is not a checkpoint of a run of this version. Weights alone: lt.load_weights(model, path)."
         )
     try:
         restore(run, tree, words)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise RuntimeError(f"resume: {file} does not hold what this version saves: {error!r}.") from error
-    cursor.resumed_from = file
-    for name in forgetful(cursor):
-        warn(f"resume: {name} begins anew: what it keeps in local variables is not saved. Fields of a class are.")
-    for part in _parts(run):
-        manifest = readable_manifest(part.folder)
-        if manifest.run == identity(cursor).id:
-            for criterion in part.best:
-                _reconcile(run, part.folder, manifest, criterion)
-    return file
 
 
 def _parts(run: Run) -> list[checkpoint]:
@@ -99,10 +114,16 @@ def _newest(folders: list[Path], own: bool) -> tuple[Path, Any] | None:
     damaged: list[tuple[Path, dict[str, Any]]] = []
     for entry, folder in sorted(entries, key=lambda found: found[0]["number"], reverse=True):
         file = folder / entry["file"]
+        if not file.exists():
+            warn(f"resume: {file} is missing. Trying the one before.")
+            damaged.append((folder, entry))
+            continue
         try:
             tree = load(file, "resume", entry)
         except (Damaged, Refused, OSError) as error:
-            told = error if isinstance(error, RuntimeError) else f"resume: {file} cannot be read: {error.strerror}."
+            told: Any = (
+                error if isinstance(error, RuntimeError) else f"resume: {file} cannot be read: {error.strerror}."
+            )
             warn(f"{told} Trying the one before.")
             damaged.append((folder, entry))
             continue
@@ -111,12 +132,18 @@ def _newest(folders: list[Path], own: bool) -> tuple[Path, Any] | None:
         return file, tree
     if damaged:
         where = " and ".join(map(str, folders))
-        raise RuntimeError(f"resume: every checkpoint in {where} is damaged. Nothing was changed.")
+        raise RuntimeError(
+            f"resume: every checkpoint in {where} is damaged or missing. Nothing was changed. lt.verify(folder) shows "
+            "what is sound: run.resume(file) goes on from any, a best file too. To begin anew, delete the folder, or "
+            "give another."
+        )
     return None
 
 
 def _set_aside(folder: Path, entry: dict[str, Any]) -> None:
     """Take a damaged file out of the way, and off the list."""
+    if not damage(folder / entry["file"], entry):  # a passing error of the disk, or what this version refuses
+        return
     manifest = read_manifest(folder)
     manifest.checkpoints = [other for other in manifest.checkpoints if other != entry]
     if set_aside(folder / entry["file"]) is not None or not (folder / entry["file"]).exists():
@@ -128,11 +155,20 @@ def _reconcile(run: Run, folder: Path, manifest: Manifest, criterion: highest) -
     """Have ``run.best`` say what the best file holds, where that is a better result from behind the checkpoint."""
     metric = criterion.metric
     held = next((entry for entry in manifest.best if entry.get("metric") == metric and entry["rank"] == 1), None)
-    if held is None or damage(folder / held["file"], held):
-        return
-    if differs(folder / held["file"], held):  # written, but the process was killed before it could be listed
-        held = load(folder / held["file"])["best"].get(metric, held)
     facts = run.best.get(metric, {})
+    if held is None:
+        return
+    file = folder / held["file"]
+    wrong = damage(file, held)
+    if wrong:  # one that nobody can load is no use to anybody
+        warn(f"resume: {file}, the best of {metric}, is damaged: {wrong}. The next result takes its place.")
+        run.best = {**run.best, metric: {key: value for key, value in facts.items() if key == "top"}}
+        return
+    if differs(file, held):  # written, but the process was killed before it could be listed
+        try:
+            held = load(file)["best"].get(metric, held)
+        except (RuntimeError, LookupError, TypeError, AttributeError):  # no checkpoint: the user has put it there
+            return
     if criterion.better(held["value"], facts.get("value")):
         run.best = {
             **run.best,

@@ -54,13 +54,13 @@ def save(run: Run, folder: str | Path, *, keep: int | None = None, best: Sequenc
         assert path is not None
         return path
     finally:
-        if run.ended or not _savers(run.cursor):  # else they let go when the run rests
+        if run.ended or not run.begun or not _savers(run.cursor):  # else they let go when the run rests
             let_go(run.cursor)
 
 
 def saver(run: Run, folder: Path, keep: int | None, best: Sequence[highest], background: bool) -> Saver:
     """What a part of the run saves with, again and again; the run's other folders know of it."""
-    made = Saver(run, folder, keep, tuple(best), background)
+    made = Saver(run, folder.absolute(), keep, tuple(best), background)  # wherever the process goes
     _SAVERS.add(made)
     return made
 
@@ -93,7 +93,7 @@ class Saver:
     _judged: tuple[Any, ...] | None = attrs.field(
         default=None, init=False
     )  # the boundary whose results were ranked last
-    _trained: int = attrs.field(default=0, init=False)
+    _trained: int | None = attrs.field(default=None, init=False)
     _newest: tuple[Path, tuple[Any, ...]] | None = attrs.field(default=None, init=False)  # checkpoint, its boundary
 
     def __attrs_post_init__(self) -> None:
@@ -127,6 +127,9 @@ class Saver:
         require_own(self.folder, self._cursor.resumed_from)
         hold(self._cursor, self.folder)
         remove_leftovers(self.folder)
+        resumed = self._cursor.resumed_from
+        if resumed is not None and resumed.parent.resolve() == self.folder.resolve():
+            self._trained = self.run.progress.iteration
 
     def save(self, *, only_best: bool = False, wait: bool = False) -> Path | None:
         """Save at a boundary, once what was saved before is written.
@@ -160,7 +163,7 @@ class Saver:
     @property
     def trained(self) -> int | None:
         """Training iterations that were done when the newest checkpoint was saved; None before the first."""
-        return None if self._newest is None else self._trained
+        return self._trained
 
     def save_now(self) -> Path:
         """Save at this boundary, unless the newest checkpoint is of this very boundary; nothing is under way then."""
@@ -182,6 +185,7 @@ class Saver:
         """
         self._wait()
         if self._undone is not None:
+            hold(self._cursor, self.folder)  # the run may have rested since, and another one may write there now
             self._undone.write()
             self._count_on(self._undone)
             self._undone = None
@@ -204,7 +208,7 @@ class Saver:
         self.writer.join()
         job, self._writing = self._writing, None
         if job is not None and self.writer.error is not None:
-            self._undone, self._newest = job, None
+            self._undone, self._newest, self._trained = job, None, None
             kept = {metric: facts for metric, facts in self.run.best.items() if metric not in job.best_before}
             self.run.best = kept | {metric: facts for metric, facts in job.best_before.items() if facts is not None}
         self.writer.wait()
@@ -294,8 +298,10 @@ class _Job:
 
     def _list(self, manifest: Manifest, sums: dict[str, int]) -> list[dict[str, Any]]:
         """Put the checkpoint into the manifest, and take out those that are to go, which are returned."""
-        entries = [entry for entry in manifest.checkpoints if (self.folder / entry["file"]).exists()]
+        others = [entry for entry in manifest.checkpoints if entry["file"] != self.name]
+        entries = [entry for entry in others if (self.folder / entry["file"]).exists()]
         entries.append({"number": self.number, "file": self.name, **self.facts, **sums})
+        entries.sort(key=lambda entry: entry["number"])  # what failed in the background may come after a newer one
         old = entries[: -self.keep] if self.keep else []
         manifest.checkpoints = entries[len(old) :]
         return old

@@ -7,19 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
 from ..agenda import Place
 from ..cursor import Cursor
-from ..generators import get_generators, set_generators
+from ..generators import get_generator, get_generators, set_generator, set_generators
+from ..middleware.freeze import is_ours
 from ..phases import Phase
 from ..plain import require_plain
 from ..warn import warn
+from .around import generators_around
 from .beside import loose_gradients, put_gradients, tell_of_optimizers
 from .fingerprint import bounds, fingerprint, lookers, options, pipe, said, workflow
-from .fit import kinds, misfits, obstacles, stateful
+from .fit import batch_sizes, index_here, kinds, misfits, obstacles, stateful
 from .identity import identity, resume_identity
-from .inventory import inventory, parameter_names, require_owners
-from .memory import memories, remember
+from .inventory import Inventory, inventory, parameter_names, require_owners
+from .memory import held_memories, memories, remember, remember_held
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -68,8 +72,12 @@ def capture(run: Run, *, best: dict[str, dict[str, Any]] | None = None) -> dict[
         "history": [dict(row) for row in run.history],
         "best": {metric: dict(facts) for metric, facts in (run.best if best is None else best).items()},
         "parts": memories(cursor),
+        "held": held_memories(cursor),
         "sources": {cursor.passes.names[key]: source.state_dict() for key, source in cursor.passes.sources.items()},
         "gradients": loose_gradients(cursor, found),
+        "buffers": _unlisted(found),
+        "frozen": _frozen(found),
+        "around": {path: get_generator(generator) for path, generator in generators_around(cursor).items()},
         "generators": get_generators(),
     }
     for kind, things in held.items():
@@ -100,39 +108,44 @@ def restore(run: Run, tree: dict[str, Any], accept: Iterable[str] = ()) -> None:
     cursor, accept = run.cursor, tuple(accept)
     problems = [d for d in obstacles(cursor, tree) if d.word not in accept]
     if problems:
-        listed = "\n".join(f"- {d.text}" + (f'  (accept="{d.word}")' if d.word else "") for d in problems)
-        words = sorted({d.word for d in problems if d.word})
+        can = all(d.word for d in problems)
+        listed = "\n".join(f"- {d.text}" + (f'  (accept="{d.word}")' if can else "") for d in problems)
         cure = "Go on all the same with run.resume(accept=...), or take the weights alone with lt.load_weights(...)."
         raise RuntimeError(
             f"resume: the checkpoint does not fit this run. Nothing was changed. They differ in:\n{listed}\n"
-            + (cure if words and all(d.word for d in problems) else cure.partition(", or ")[2].capitalize())
+            + (cure if can else cure.partition(", or ")[2].capitalize())
         )
-    changed = said(cursor, tree)
+    changed = said(cursor, tree, misfits(cursor, tree)["optimizers"])
     if changed:
         listed = "\n".join(f"- {line}" for line in changed)
-        warn(f"resume: since the checkpoint was saved, this has changed; the run goes on with what is here.\n{listed}")
+        warn(
+            "resume: since the checkpoint was saved, this has changed; the run goes on with what is here, unless said "
+            f"otherwise.\n{listed}"
+        )
     try:
         _stand(cursor, tree)
         for slot in cursor.slots:
             if slot.name in tree["parts"]:
                 remember(slot.part, tree["parts"][slot.name])
+        remember_held(cursor, tree.get("held", {}))
         for key, source in cursor.passes.sources.items():
             if cursor.passes.names[key] in tree["sources"]:
                 source.load_state_dict(tree["sources"][cursor.passes.names[key]])
         _load(cursor, tree)
+        run.results.clear()
+        run.results.update(tree["results"])
+        run.history, run.best = list(tree["history"]), dict(tree["best"])
+        cursor.stopping = tree["stopping"]  # a run that was stopped stays so, until it is extended
+        for slot in cursor.line:
+            if hasattr(slot.part, "on_resume"):
+                slot.part.on_resume(run)
+        resume_identity(cursor, tree)
+        _set_around(cursor, tree.get("around", {}))
+        set_generators(tree["generators"])
     except BaseException as error:
         run.reset()  # its parts are made anew
         error.add_note("resume: the run is as if new, but for weights and optimizers, which may be loaded already.")
         raise
-    run.results.clear()
-    run.results.update(tree["results"])
-    run.history, run.best = list(tree["history"]), dict(tree["best"])
-    cursor.stopping = tree["stopping"]  # a run that was stopped stays so, until it is extended
-    for slot in cursor.line:
-        if hasattr(slot.part, "on_resume"):
-            slot.part.on_resume(run)
-    resume_identity(cursor, tree)
-    set_generators(tree["generators"])
 
 
 def _stand(cursor: Cursor, tree: dict[str, Any]) -> None:
@@ -147,10 +160,14 @@ def _stand(cursor: Cursor, tree: dict[str, Any]) -> None:
     where = tree.get("pass")
     if where is None:
         return
+    sizes = batch_sizes(cursor, tree, where)
+    if sizes is not None:
+        place = {key: value for key, value in tree["sources"][where["phase"]].items() if key != "ahead"}
+        tree["sources"][where["phase"]] = {**place, "taken": place["taken"] * sizes[0] // sizes[1]}
     entry = passes.agenda.entries[passes.place.entry]
     assert isinstance(entry.phase, Phase)
     passes.open(entry, entry.phase)
-    passes.index, passes.began, passes.began_at = _index(tree, where, cursor), where["began"], where["began_at"]
+    passes.index, passes.began, passes.began_at = index_here(cursor, tree, where), where["began"], where["began_at"]
     passes.measure()
     cursor.line_up(entry.phase)
     for slot in cursor.line:  # before they get their memory, which it begins anew
@@ -172,19 +189,6 @@ def _place(cursor: Cursor, tree: Mapping[str, Any]) -> Place:
     return Place(number, min(place.done, here[number][1] - (tree.get("pass") is not None)))
 
 
-def _index(tree: dict[str, Any], where: Mapping[str, Any], cursor: Cursor) -> int:
-    """Batches of the pass that are done; with another batch size as many as have the same samples."""
-    index: int = where["index"]
-    name = where["phase"]
-    then = tree.get("fingerprint", {}).get("sources", {}).get(name, {}).get("batch_size")
-    now = fingerprint(cursor)["sources"][name]["batch_size"]
-    if then and now and then != now:
-        place = {key: value for key, value in tree["sources"][name].items() if key != "ahead"}
-        tree["sources"][name] = {**place, "taken": place["taken"] * then // now}
-        index = index * then // now
-    return index
-
-
 def _load(cursor: Cursor, tree: Mapping[str, Any]) -> None:
     """Give models, optimizers, scalers and schedulers their states; those of another kind begin afresh."""
     fresh = {name for kind, names in misfits(cursor, tree).items() for name in names if kind != "models"}
@@ -192,6 +196,68 @@ def _load(cursor: Cursor, tree: Mapping[str, Any]) -> None:
         for name, thing in things.items():
             if name in tree[kind] and name not in fresh:
                 thing.load_state_dict(tree[kind][name])
-    put_gradients(inventory(cursor), tree.get("gradients", {}))
+                if kind == "optimizers":
+                    _keep_dtypes(thing, tree[kind][name])
+    found = inventory(cursor)
+    for name, buffers in _unlisted(found).items():
+        for key, value in tree.get("buffers", {}).get(name, {}).items():
+            if key in buffers and buffers[key].shape == value.shape:
+                buffers[key].copy_(value)
+    _freeze(found, tree.get("frozen", {}))
+    put_gradients(found, tree.get("gradients", {}))
     for optimizer in cursor.progress.updates:  # torch's schedulers warn if it has not stepped in this process
         optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _unlisted(found: Inventory) -> dict[str, dict[str, Tensor]]:
+    """Buffers that a model's own state_dict leaves out (``persistent=False``), but that training may change."""
+    unlisted: dict[str, dict[str, Tensor]] = {}
+    for word, module in found.modules.items():
+        for path, inner in module.named_modules():
+            for name in sorted(inner._non_persistent_buffers_set):
+                if (buffer := inner._buffers.get(name)) is not None:
+                    unlisted.setdefault(word, {})[f"{path}.{name}" if path else name] = buffer
+    return unlisted
+
+
+def _keep_dtypes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Undo that torch casts an optimizer's state to its parameters' dtype: NAdam's and master weights are of others."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, value in saved["state"].get(number, {}).items():
+            held = optimizer.state[parameter].get(key)
+            if isinstance(value, Tensor) and isinstance(held, Tensor) and held.dtype != value.dtype:
+                optimizer.state[parameter][key] = value.to(held.device)
+
+
+def _frozen(found: Inventory) -> dict[str, list[str]]:
+    """The parameters of each model that do not ask for gradients, but those that a `freeze` sees to itself."""
+    return {
+        word: [name for name, p in module.named_parameters() if not (p.requires_grad or is_ours(p))]
+        for word, module in found.modules.items()
+    }
+
+
+def _freeze(found: Inventory, frozen: Mapping[str, Iterable[str]]) -> None:
+    """Have the parameters ask for gradients as they did, which a function of the workflow may have changed."""
+    here = _frozen(found)
+    for word in frozen.keys() & here.keys():
+        changed = set(frozen[word]) ^ set(here[word])
+        for name, parameter in found.modules[word].named_parameters():
+            if name in changed:
+                parameter.requires_grad_(name not in frozen[word])
+        if changed:
+            warn(
+                f"resume: requires_grad of {len(changed)} parameters of {word} was another one when it was saved "
+                f"({min(changed)} ...). The saved ones hold, until you set them."
+            )
+
+
+def _set_around(cursor: Cursor, states: Mapping[str, Any]) -> None:
+    here = generators_around(cursor)
+    for path in states.keys() & here.keys():
+        set_generator(here[path], states[path])
+    missing = sorted(states.keys() - here.keys())
+    if missing:
+        warn(f"resume: the random generator {missing[0]} is not here any more, so what it draws is not reproduced.")

@@ -22,6 +22,7 @@ from .weight_files import SUFFIX, Found, Source, read, write_safetensors
 if TYPE_CHECKING:
     from ..run import Run
 
+COUNTER = "num_batches_tracked"  # of BatchNorm, which makes one where a file has none
 SHOWN = 40  # keys of a list in an error
 
 
@@ -127,9 +128,10 @@ def load_weights(
         advice = hint(fit, keys, here, saved)
         _judge(fit, found, module, here, keys, strict, advice + (" (after this rename)" if advice and rename else ""))
     if not assign:
-        _require_memory(here, fit)
+        _require_memory(here, saved, fit)
     cast = [key for key in here if _differ(saved.get(key), here[key])] if not assign else []
-    loaded = tuple(key for key in here if key not in {*fit.missing, *fit.misshapen})
+    left_out = {*fit.missing, *fit.misshapen}
+    loaded = tuple(k for k in here if k not in left_out and (k in saved or not k.endswith(COUNTER)))
     non_finite = tuple(key for key in loaded if _is_non_finite(saved.get(key), isinstance(here[key], Parameter)))
     _put(module, here, saved, fit, assign)
     if non_finite:
@@ -173,7 +175,8 @@ def _judge(
     Raises:
         RuntimeError: With all keys.
     """
-    nothing = len(here) > 0 and len(fit.missing) + len(fit.misshapen) == len(here)
+    left = {*fit.missing, *fit.misshapen}
+    nothing = len(here) > 0 and all(key in left or key.endswith(COUNTER) for key in here)
     words = [f"load_weights: {found} does not fit {type(module).__name__}."]
     if strict or nothing:
         words.append("None of it does. Nothing was changed." if nothing else "Nothing was changed.")
@@ -184,10 +187,10 @@ def _judge(
     lines = [
         ("missing in the file", fit.missing),
         ("not in the model", [came.get(key, key) for key in fit.unexpected]),
-        ("of another kind", [f"{key}: {why}" for key, why in fit.misshapen.items()]),
+        ("of another shape or type", [f"{key}: {why}" for key, why in fit.misshapen.items()]),
     ]
     text = " ".join(words) + "".join(f"\n- {what} ({len(k)}): {_short(k, most)}" for what, k in lines if k)
-    if strict and not nothing:
+    if strict and not nothing and not advice:
         advice += " To load what fits all the same: strict=False."
     text += f"\n{advice.strip()}" if advice else ""
     if strict or nothing:
@@ -202,8 +205,8 @@ def _short(keys: Iterable[str], most: int) -> str:
     return ", ".join(shown(key, 150) for key in listed[:most]) + more
 
 
-def _require_memory(here: Mapping[str, Any], fit: Fit) -> None:
-    """See that there is something to copy into."""
+def _require_memory(here: Mapping[str, Any], saved: Mapping[str, Any], fit: Fit) -> None:
+    """See that there is something to copy into; torch would find out half-way."""
     left = {*fit.missing, *fit.misshapen}
     empty = [key for key, value in here.items() if isinstance(value, Tensor) and value.is_meta and key not in left]
     if empty:
@@ -211,6 +214,25 @@ def _require_memory(here: Mapping[str, Any], fit: Fit) -> None:
             f"load_weights: {len(empty)} of the model's tensors are on the meta device, which has no memory: "
             f'{_short(empty, 9)}. Give assign=True, or first call model.to_empty(device="cpu").'
         )
+    fixed = {key: why for key, value in here.items() if key not in left and (why := _unwritable(value, saved.get(key)))}
+    if fixed:
+        listed = _short((f"{key}: {why}" for key, why in fixed.items()), 9)
+        raise RuntimeError(
+            f"load_weights: {len(fixed)} of the model's tensors cannot be copied into: {listed}. Nothing was changed."
+        )
+
+
+def _unwritable(here: Any, saved: Any) -> str:
+    """Why torch would refuse to copy into a tensor; empty if it would not."""
+    if not isinstance(here, Tensor) or not isinstance(saved, Tensor) or is_lazy(here):
+        return ""
+    if here.layout != saved.layout:
+        return f"{saved.layout} in the file, {here.layout} here"
+    if here.layout == torch.strided and any(
+        n > 1 and not step for n, step in zip(here.shape, here.stride(), strict=True)
+    ):
+        return "its elements share memory here (expand); register it with .contiguous()"
+    return "made in inference mode" if here.is_inference() and not torch.is_inference_mode_enabled() else ""
 
 
 def _differ(saved: Any, here: Any) -> bool:
@@ -284,8 +306,8 @@ def save_weights(source: Module | Run | Source, path: str | Path, *, of: str | N
     if isinstance(path, Module) or not isinstance(path, str | Path):
         raise TypeError(f"{who}: what is saved comes first, then the file, got a {type(path).__name__} as path.")
     path = Path(path)
-    if path.suffix not in (".pt", SUFFIX):
-        raise ValueError(f"{who}: {path.name} must end in .pt or {SUFFIX}, which say what is written.")
+    if path.suffix not in (".pt", ".pth", SUFFIX):
+        raise ValueError(f"{who}: {path.name} must end in .pt, .pth or {SUFFIX}, which say what is written.")
     weights = _weights_of(source, of, who)
     safetensors = path.suffix == SUFFIX
     ready = _ready(weights, safetensors, who)

@@ -87,6 +87,21 @@ class Draws:
             return {}
         return {"process": get_generators(), "own": {p: state for p, state in self.own().items() if not _of_data(p)}}
 
+    def tell_of_walk(self, first: dict[str, Any], now: dict[str, Any]) -> None:
+        """Say it if walking through the batches again drew random numbers that others have drawn between.
+
+        Args:
+            first: The process's generators behind the first batch.
+            now: All of them before.
+        """
+        here = get_generators()
+        if not self.none and not same_states(first, here) and not same_states(here, now["process"]):
+            self.said.once(
+                "its batches were walked through again, and it draws from the process's random generators as it goes, "
+                "between other draws. If it keeps what it makes of them (a shuffle buffer), what follows may differ "
+                "from a run without interruption. Give it a generator of its own."
+            )
+
     def forward(self, now: dict[str, Any], passing: Passing | None, raised: bool) -> None:
         """Put back what `now` gave before the place was found again.
 

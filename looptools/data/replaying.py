@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -46,8 +46,8 @@ class _ByNumber:
         return self.sequence[number]
 
 
-def walk_again(name: str, iterator: Iterator[Any], batches: int) -> None:
-    """Take *batches* out of *iterator* and throw them away.
+def walk_again(name: str, iterator: Iterator[Any], batches: int, look: Callable[[], object] = lambda: None) -> None:
+    """Take *batches* out of *iterator* and throw them away; *look* is called behind the first.
 
     What takes more than half a second shows a bar on stderr, or where tqdm is not installed a line every few seconds.
     A batch that failed and was skipped fails again, which is passed over.
@@ -66,6 +66,8 @@ def walk_again(name: str, iterator: Iterator[Any], batches: int) -> None:
             except Exception:
                 if isinstance(iterator, types.GeneratorType):  # it has ended
                     raise
+            if not done:
+                look()
             told.tell(done + 1)
     finally:
         told.close()

@@ -13,6 +13,7 @@ from torch.nn import Module
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..devices import move
+from ..generators import get_generators
 from ..modes import put_back, torch_modes
 from ..plain import device_of, is_plain
 from . import loaders
@@ -237,13 +238,17 @@ class Source:
         try:
             at_once = passed if stand is None else 0
             iterator, skipped, passing = self._iterate(self.begun - 1, at_once)
-            walk_again(self.name, iterator, passed - (skipped if stand is None else stand["taken"]))
+            first: list[dict[str, Any]] = []
+            left = passed - (skipped if stand is None else stand["taken"])
+            walk_again(self.name, iterator, left, lambda: first.append(get_generators()))
         except BaseException as error:
             self._draws.put(now)
             if isinstance(error, loaders.FewerError):
                 fewer = f"{self.name}: its source gave fewer batches than before; it had given {passed}."
                 raise RuntimeError(fewer) from None
             raise
+        if first:
+            self._draws.tell_of_walk(first[0], now)
         if passed:  # at the first batch the order is drawn; it must be drawn as it was
             self._draws.forward(now, passing, self._raised)
         self._iterator = iterator

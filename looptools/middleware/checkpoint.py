@@ -115,6 +115,12 @@ class checkpoint:
         """See that the folder can be written to, and that all that is there already can be saved."""
         run.require_run_scope(self)
         run.require_folder(self.folder, "checkpoint")
+        for slot in () if run.begun else run.cursor.run_slots:  # later, it takes the place of another one
+            other = slot.part
+            if isinstance(other, checkpoint) and other is not self:
+                both = {criterion.metric for criterion in self.best} & {criterion.metric for criterion in other.best}
+                if both:  # `run.best` is by metric: for the second one nothing would ever be better
+                    raise ValueError(f"checkpoint: two parts keep the best {min(both)!r}. Give best= to one of them.")
         if self._saver is None:
             self._saver = run.saver(self.folder, self.keep, self.best, self.background)
         self._saver.check()
@@ -140,6 +146,7 @@ class checkpoint:
 
     def on_end(self, run: Run) -> None:
         """Save the end of the run, if something was trained since the newest checkpoint."""
+        self._saver.settle()  # before the run is over: after an error next(run) comes here again
         counts = isinstance(self.every, iterations | epochs | rounds | samples | seconds)
         wanted = counts if self.at_end is None else self.at_end
         if wanted and run.state is not None and self._saver.trained != run.progress.iteration:  # else resumed here

@@ -243,6 +243,11 @@ def _strangers(cursor: Cursor, phase: Phase) -> list[tuple[Parameter | Module, f
     return [(thing, _owner(thing)) for thing in marked if not _is_live(thing)]  # else thawed by hand since
 
 
+def is_ours(thing: Parameter) -> bool:
+    """Whether a freeze keeps it frozen, and will give its flag back."""
+    return thing in _ours
+
+
 def _owner(thing: Parameter | Module) -> freeze | None:
     """The freeze that changed its flag last, if there is one and it is not gone."""
     return _ours[thing]() if thing in _ours else None

@@ -309,11 +309,12 @@ def _add(results: dict[str, Any], name: str, value: Any) -> None:
 def _memory(metric: Any) -> dict[str, Any]:
     """What a metric has taken in. Those of torchmetrics leave it out of their state_dict, each by its own flag."""
     if not isinstance(metric, Module):
-        return dict(metric.state_dict()) if hasattr(metric, "state_dict") else {}
+        return dict(metric.state_dict()) if hasattr(metric, "state_dict") else dict(getattr(metric, "__dict__", {}))
     return {
         path: {
             "updates": module._update_count,
             "state": {key: list(v) if isinstance(v, list) else v for key, v in module.metric_state.items()},
+            "beside": _beside(module),
         }
         for path, module in _metrics_in(metric)
     }
@@ -324,9 +325,12 @@ def _remember(metric: Any, memory: dict[str, Any]) -> None:
     if not isinstance(metric, Module):
         if hasattr(metric, "load_state_dict"):
             metric.load_state_dict(memory)
+        else:
+            vars(metric).update(memory)
         return
     for path, module in _metrics_in(metric):
         module._update_count, module._computed = memory[path]["updates"], None
+        vars(module).update(memory[path].get("beside", {}))
         for key, value in memory[path]["state"].items():
             setattr(module, key, list(value) if isinstance(value, list) else value)
 
@@ -334,3 +338,9 @@ def _remember(metric: Any, memory: dict[str, Any]) -> None:
 def _metrics_in(metric: Module) -> list[tuple[str, Any]]:
     """The metrics of a collection, or of a wrapper, or the one that it is."""
     return [(path, module) for path, module in metric.named_modules() if hasattr(module, "_update_count")]
+
+
+def _beside(metric: Any) -> dict[str, Any]:
+    """Plain values that a metric keeps beside its states, as MinMaxMetric and Running do."""
+    own = {*metric._defaults, *vars(Module()), "_computed", "_forward_cache", "_update_count", "_update_called"}
+    return {key: value for key, value in vars(metric).items() if key not in own and type(value) in (int, float, Tensor)}

@@ -99,18 +99,18 @@ def drawing_elsewhere():
 
 
 class Calls(nn.Module):
-    """Counts its calls in a plain attribute, or in one of the class."""
+    """Counts its calls in a private attribute, or in one of the class."""
 
     of_all = 0
 
     def __init__(self):
         super().__init__()
         self.net = network()
-        self.calls = 0
+        self._calls = 0
 
     def forward(self, images):
-        self.calls += self.training
-        return self.net(images) * (1 + self.calls / 100)
+        self._calls += self.training
+        return self.net(images) * (1 + self._calls / 100)
 
 
 def plain_attribute():

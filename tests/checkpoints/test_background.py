@@ -303,7 +303,7 @@ def test_what_was_skipped_is_written_with_the_next_one(tmp_path, gate):
 
 
 def test_an_error_of_the_last_write_is_raised_when_the_run_ends(tmp_path, gate):
-    """Not swallowed with the end of the loop; the earlier file stays."""
+    """Not swallowed with the end of the loop; the earlier file stays, and the next try ends the run."""
     run = scores([1.0, 2.0], tmp_path)
     next(run)
     run["checkpoint"]._saver.writer.join()
@@ -311,9 +311,10 @@ def test_an_error_of_the_last_write_is_raised_when_the_run_ends(tmp_path, gate):
 
     with pytest.raises(OSError, match="planted"):
         run.to_end()
-    assert run.ended
+    assert not run.ended
     assert names(tmp_path) == ["epoch_0000-iteration_000000.pt"]
     assert run.to_end() == {"val/score": 2.0}
+    assert len(names(tmp_path)) == 2
 
 
 def test_leaving_the_block_waits(tmp_path, gate):

@@ -180,6 +180,38 @@ def test_options_and_horizons_are_only_said(tmp_path):
         make(1.0, 2).resume(tmp_path)
 
 
+def test_the_optimizers_own_options_are_the_saved_ones_and_that_is_said(tmp_path):
+    """A changed weight decay or learning rate would be lost in silence."""
+
+    def make(lr, decay):
+        model = network()
+        adam = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
+        data = [(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))] * 3
+        phase = lt.train(model, data, classify) | lt.schedule_lr(adam, lt.schedules.cosine()) | lt.optimize(adam)
+        return lt.workflow([(phase, 1)], max_epochs=2)
+
+    run = make(0.1, 0.01)
+    list(run.take(2))
+    run.save(tmp_path)
+    run = make(0.2, 0.5)
+
+    with pytest.warns(UserWarning, match="since the checkpoint was saved") as told:
+        run.resume(tmp_path)
+    text = str(told[0].message)
+    assert "optimizer: lr 0.1 saved, 0.2 here; the saved one holds, until you set it" in text
+    assert "optimizer: weight_decay 0.01 saved, 0.5 here" in text
+    assert run.optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+def test_fewer_samples_in_larger_batches(tmp_path):
+    """The place is translated before it is compared with what there is."""
+    saved(tmp_path, iterations=5)  # 20 samples
+
+    with pytest.raises(RuntimeError, match="2 batches of the pass of train were done, it has 2 here") as caught:
+        training(samples=16, batch=8).resume(tmp_path, accept=["data", "batch_size"])
+    assert "accept=" not in str(caught.value)
+
+
 def test_parameters_in_another_order_are_found(tmp_path):
     """Their states would go to the wrong ones; of equal shapes nobody would notice."""
 

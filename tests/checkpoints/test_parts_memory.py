@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 
+import attrs
 import numpy as np
 import pytest
 import torch
-from loops import Case, piped
+from loops import Case, assert_same, classify, loader, network, piped
+from torch import nn
 
 import looptools as lt
 
@@ -115,3 +117,160 @@ def test_a_generator_of_a_phase_begins_anew_each_pass_in_any_case(tmp_path):
     lt.workflow([(phase, 1)], max_rounds=2).resume(tmp_path / "border")
     with pytest.warns(UserWarning, match=r"val/counts \(count\) begins anew"):
         lt.workflow([(phase, 1)], max_rounds=2).resume(tmp_path / "within")
+
+
+def test_what_steps_models_and_options_remember(tmp_path):
+    """A callable object as step, a plain attribute of a module, an option that an attrs part changes itself."""
+
+    class Step:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, model, batch):
+            self.calls += 1
+            return classify(model, batch)
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.seen = network(), 0
+
+        def forward(self, x):
+            self.seen += 1
+            return self.inner(x)
+
+    @attrs.define(eq=False)
+    class grows:
+        n: int = 0
+
+        def __call__(self, states):
+            for state in states:
+                self.n += 1
+                yield state
+
+    def make():
+        torch.manual_seed(0)
+        return lt.workflow([(lt.validate(Counts(), loader(), Step()) | grows(), 1)], max_rounds=2)
+
+    run = make()
+    list(run.take(3))
+    run.save(tmp_path)
+    run = make()
+    run.resume(tmp_path)
+
+    assert (run["forward"].step.calls, run.model.seen, run["grows"].n) == (3, 3, 3)
+
+
+def test_an_object_that_is_changed_in_place_is_named(tmp_path):
+    """It could not be loaded safely; silence would lose it."""
+
+    class Meter:
+        n = 0
+
+    class counts:
+        def __init__(self):
+            self.meter = Meter()
+
+        def __call__(self, states):
+            for state in states:
+                self.meter.n += 1
+                yield state
+
+    run = piped(Case()) | counts()
+    next(run)
+
+    with pytest.raises(TypeError, match="checkpoint/parts/run/counts/meter is a .*Meter"):
+        run.save(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["step", "model", "part"])
+def test_random_generators_of_the_users_own(tmp_path, where):
+    """In a closure, on the model or on a part: they go on with their numbers."""
+
+    class Noise(nn.Module):
+        def __init__(self, generator):
+            super().__init__()
+            self.generator = generator
+
+    class noisy:
+        def __init__(self, generator):
+            self.generator = generator
+
+        def __call__(self, states):
+            for state in states:
+                state.metrics["part"] = self.generator.random()
+                yield state
+
+    def make():
+        own = np.random.default_rng(0)
+        model = Noise(own if where == "model" else None)
+        draw = {"step": lambda: float(own.random()), "model": lambda: float(model.generator.random())}
+        step = lambda model, batch: {"x": draw.get(where, lambda: 0.0)()}  # noqa: E731
+        phase = lt.validate(model, [1.0] * 4, step)
+        return lt.workflow([(phase | noisy(own) if where == "part" else phase, 1)], max_rounds=2)
+
+    expected = [dict(state.metrics) for state in make()]
+    run = make()
+    list(run.take(3))
+    run.save(tmp_path)
+    run = make()
+    run.resume(tmp_path)
+
+    assert [dict(state.metrics) for state in run] == expected[3:]
+
+
+def test_what_torch_itself_would_lose(tmp_path):
+    """Buffers that are not persistent, and an optimizer's state in another dtype than its parameters'."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+            self.register_buffer("n", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            self.n += 1
+            return self.w * x * self.n
+
+    def make():
+        model = Counts()
+        nadam = torch.optim.NAdam(model.parameters(), lr=0.1)
+        phase = lt.train(model, [1.0, 2.0] * 3, lambda model, batch: model(batch)) | lt.optimize(nadam)
+        return lt.workflow([(phase, 1)], max_epochs=1)
+
+    straight = make()
+    straight.to_end()
+    run = make()
+    list(run.take(4))
+    run.save(tmp_path)
+    run = make()
+    run.resume(tmp_path)
+    run.to_end()
+
+    assert run.model.n == straight.model.n == 6
+    assert torch.equal(run.model.w, straight.model.w)
+
+
+def test_a_layer_that_was_thawed_by_a_function_of_the_workflow_stays_so(tmp_path):
+    """The function ran before the save, and does not run again; a warning says that flags were set."""
+
+    def make():
+        torch.manual_seed(0)
+        model = network()
+        model[0].requires_grad_(False)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        phase = lt.train(model, loader(), classify) | lt.optimize(sgd)
+        thaw = lambda run: model[0].requires_grad_(True)  # noqa: E731
+        return lt.workflow([(phase, 1), (thaw, 1), (phase, 1)], max_rounds=1, max_epochs=2)
+
+    straight = make()
+    straight.to_end()
+    run = make()
+    list(run.take(9))
+    run.save(tmp_path)
+    run = make()
+    with pytest.warns(UserWarning, match="requires_grad of 2 parameters of model was another one when it was saved"):
+        run.resume(tmp_path)
+    run.to_end()
+
+    assert_same(run.model.state_dict(), straight.model.state_dict())

@@ -64,7 +64,7 @@ def test_the_memory_of_a_class_is_found_by_a_fresh_process():
     ("name", "difference", "hint"),
     [
         ("counting_data", "batch of iteration 5 differs: the data's order or its transforms", "dataset.seen (20 "),
-        ("plain_attribute", "loss of iteration 5: ", "train: model.calls (5 without interruption, 0 here)"),
+        ("plain_attribute", "loss of iteration 5: ", "train: model._calls (5 without interruption, 0 here)"),
         ("drawing_elsewhere", "batch of iteration 6 differs", "HIDDEN (a global)"),
     ],
 )

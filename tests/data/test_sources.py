@@ -444,6 +444,7 @@ ITERABLES = {
 
 @pytest.mark.parametrize("k", [1, 4, 9, 13])
 @pytest.mark.parametrize("make", ITERABLES.values(), ids=ITERABLES.keys())
+@pytest.mark.filterwarnings("ignore:train. its batches were walked through again:UserWarning")
 def test_batches_without_indices_are_made_once_more(make, k):
     """They are walked through from the first, and what they draw is drawn as it was."""
     straight = start(make, ahead=True).on(16).seen
@@ -527,6 +528,7 @@ def pictured(samples):
     [Pictures, lambda: lambda: iter(loader(Noisy(), collate_fn=pictured))],
     ids=["walked", "in-a-function"],
 )
+@pytest.mark.filterwarnings("ignore:train. its batches were walked through again:UserWarning")
 def test_a_batch_ahead_that_cannot_be_saved_is_fetched_again(make, k):
     """With the generators as they stood before it was fetched, and then as they stood afterwards."""
 
@@ -729,3 +731,29 @@ def test_a_source_goes_as_soon_as_nobody_holds_it():
         assert iterator() is None
     finally:
         gc.enable()
+
+
+def test_a_walk_that_draws_between_others_draws_is_said(tmp_path):
+    """A shuffle buffer is filled with other samples then; a source with a generator of its own is exact."""
+
+    class Buffered(IterableDataset):
+        def __iter__(self):
+            buffer = list(range(4))
+            for sample in range(4, 12):
+                place = int(torch.randint(4, ()))
+                yield buffer[place]
+                buffer[place] = sample
+
+    def make():
+        torch.manual_seed(0)
+        step = lambda model, batch: {"x": torch.rand(())}  # noqa: E731
+        return lt.workflow([(lt.train(None, DataLoader(Buffered(), 2), step), 1)], max_epochs=1)
+
+    run = make()
+    list(run.take(3))
+    run.save(tmp_path)
+    run = make()
+    run.resume(tmp_path)
+
+    with pytest.warns(UserWarning, match="draws from the process's random generators as it goes, between other draws"):
+        run.to_end()

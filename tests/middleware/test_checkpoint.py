@@ -129,6 +129,25 @@ def test_the_end_of_the_run_is_saved(tmp_path, every, at_end, last):
     assert manifest[-1]["iteration"] == last
 
 
+def test_a_damaged_best_file_is_said_and_replaced(tmp_path):
+    """The next result is the best again: a file that nobody can load is no use to anybody."""
+    list(scores([3.0, 2.0, 1.0], tmp_path, best=lt.highest("val/score")).take(2))
+    (tmp_path / "best.pt").write_bytes((tmp_path / "best.pt").read_bytes()[:-1])
+    run = scores([1.0], tmp_path, best=lt.highest("val/score"))
+    run = lt.workflow([(run.cursor.passes.agenda.phases[0], 1)], max_rounds=3) | lt.checkpoint(
+        tmp_path, best=lt.highest("val/score")
+    )
+
+    with pytest.warns(
+        UserWarning, match=r"best.pt, the best of val/score, is damaged: .* The next result takes its place"
+    ):
+        run.resume()
+    run.to_end()
+
+    assert run.best["val/score"]["value"] == 1.0
+    assert lt.verify(tmp_path).sound
+
+
 def test_a_run_that_is_resumed_at_its_end_saves_nothing_more(tmp_path):
     """It is left alone."""
     make = lambda: piped(Case()) | lt.checkpoint(tmp_path, every=5)  # noqa: E731
