@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import attrs
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from ..cursor import Cursor
 from ..generators import generators_within
 from ..middleware.forward import forward
+
+KNOWN = (Optimizer, Module, Path, str, int, float, bool, type(None))
 
 
 def surroundings(name: str, part: Any) -> Iterator[tuple[str, str, Any]]:
@@ -39,6 +44,8 @@ def generators_around(cursor: Cursor) -> dict[str, Any]:
         roots += [(f"{slot.name}/{word}", value) for _, word, value in surroundings(slot.name, slot.part)]
     found: dict[str, Any] = {}
     for path, root in roots:
+        if isinstance(root, KNOWN) and not path.endswith("/model"):
+            continue  # it has none, or is looked into as a model
         for where, generator in generators_within({path: root}).items():  # wrapped: modules among globals are leaves
             if id(generator) not in seen:
                 seen.add(id(generator))

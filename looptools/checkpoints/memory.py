@@ -8,7 +8,6 @@ import inspect
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import attrs
 import torch
@@ -26,13 +25,20 @@ Before = tuple[Any, dict[str, Any]]  # a part of a plain class, and its attribut
 LIBRARY = __name__.partition(".")[0]
 SCALARS = (str, int, float, bool, type(None))
 GROWING = (set, bytearray, deque, defaultdict, Counter, OrderedDict)
-_BUILT: WeakKeyDictionary[Cursor, dict[str, Before]] = WeakKeyDictionary()
+NOTED = "noted by checkpoints"
 
 
 def note_parts(cursor: Cursor) -> None:
     """Look at the parts of plain classes when the run is built: what changes from then on is their memory."""
     plain = {slot.name: slot.part for slot in cursor.slots if _is_plain(slot.part)}
-    _BUILT[cursor] = {name: (thing, _copied(_open(thing))) for name, thing in {**plain, **_held(cursor)}.items()}
+    noted = {name: (thing, _copied(_open(thing))) for name, thing in {**plain, **_held(cursor)}.items()}
+    vars(cursor)[NOTED] = noted  # there, and not under a weak key: a part may hold the run, which would never go then
+
+
+def _noted(cursor: Cursor, name: str) -> Before:
+    """The object called so when the run was built, and its attributes then."""
+    noted: dict[str, Before] = vars(cursor).get(NOTED, {})
+    return noted.get(name, (None, {}))
 
 
 def _held(cursor: Cursor) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def held_memories(cursor: Cursor) -> dict[str, dict[str, Any]]:
     """What has changed since the run was built: attributes of steps and modules, options of the user's parts."""
     found = {}
     for name, thing in _held(cursor).items():
-        noted, before = _BUILT.get(cursor, {}).get(name, (None, {}))
+        noted, before = _noted(cursor, name)
         if noted is thing:
             changed = {k: v for k, v in _open(thing).items() if k not in before or not _same(before[k], v)}
             if changed:
@@ -79,7 +85,7 @@ def memories(cursor: Cursor) -> dict[str, dict[str, Any]]:
     """
     found = {}
     for slot in cursor.slots:
-        noted, before = _BUILT.get(cursor, {}).get(slot.name, (None, {}))
+        noted, before = _noted(cursor, slot.name)
         if noted is slot.part:
             found[slot.name] = {k: v for k, v in _open(noted).items() if k not in before or not _same(before[k], v)}
         else:  # else a function, or it was replaced by a part of a plain class

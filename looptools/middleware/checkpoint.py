@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from ..checks import whole
+from ..interrupts import interrupts
 from ..intervals import (
     Interval,
     epochs,
@@ -172,4 +173,5 @@ class checkpoint:
         self._saver.save(only_best=True)
 
     def _settle(self, run: Run) -> None:
-        self._saver.settle()
+        if not interrupts.pending:  # a signal saves once more, and sees to what has failed
+            self._saver.settle()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import deque
 
 import attrs
@@ -274,3 +276,22 @@ def test_a_layer_that_was_thawed_by_a_function_of_the_workflow_stays_so(tmp_path
     run.to_end()
 
     assert_same(run.model.state_dict(), straight.model.state_dict())
+
+
+def test_a_part_that_holds_its_run_does_not_keep_it_alive():
+    """What is noted of parts when a run is built goes with the run."""
+
+    class holds:
+        def __call__(self, states):
+            for state in states:
+                self._run = state.run
+                yield state
+
+    run = piped(Case()) | holds()
+    next(run)
+    gone = weakref.ref(run)
+    run.close()
+    del run
+    gc.collect()
+
+    assert gone() is None
