@@ -125,14 +125,13 @@ class Interrupts:
             self.pending = True
 
     def _save_and_end(self, cursor: Cursor) -> None:
-        """Save through each part that can, also of runs beside, let files and workers go, and end the process."""
+        """Save through each part that can, let files and workers go, and end the process."""
         name = signal.Signals(self._asked).name
         files, errors = [], []
-        beside = [other for other in self._savers if other is not cursor and _stands_still(other)]
-        for one, slot in [(owner, slot) for owner in (cursor, *beside) for slot in owner.slots]:
+        for slot in cursor.slots:
             if hasattr(slot.part, "save_now"):
                 try:
-                    files.append(slot.part.save_now(one.run))
+                    files.append(slot.part.save_now(cursor.run))
                 except Exception as error:
                     error.add_note(f"looptools: while {slot.name} saved the run because of {name}.")
                     errors.append(error)
@@ -148,11 +147,10 @@ class Interrupts:
             raise errors[0]
         if errors:
             raise ExceptionGroup(f"several parts failed to save the run because of {name}", errors)
-        for one in (cursor, *beside):
-            try:
-                one.rest()
-            except Exception:
-                traceback.print_exc()  # the run is saved, so it can go on elsewhere all the same
+        try:
+            cursor.rest()
+        except Exception:
+            traceback.print_exc()  # the run is saved, so it can go on elsewhere all the same
         raise SystemExit(PREEMPTED)
 
     def release(self, cursor: Cursor) -> None:
@@ -251,11 +249,6 @@ class Interrupts:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler raises when a worker is killed
         for worker in left:
             worker.kill()
-
-
-def _stands_still(cursor: Cursor) -> bool:
-    """Whether another run, which is stepped in turn with this one, stands at a boundary, where it can be saved."""
-    return cursor.started and not cursor.ended and not cursor._working and cursor.state is None
 
 
 def _by_default(number: int, standing: Any) -> bool:
