@@ -19,3 +19,15 @@ def test_means_fold_without_losing_digits():
     copy = Means()
     copy.load_state_dict(means.state_dict())
     assert copy.read() == means.read()
+
+
+def test_entries_with_other_keys_come_back_in_their_order():
+    """Nothing is added up for a checkpoint, whatever keys an entry has; a mean has the same bits afterwards."""
+    means, again = Means(window=3), Means(window=3)
+    for values, weight in (({"a": 1.0}, 1), ({"a": torch.tensor(0.1), "b": 2.0}, 2), ({"a": torch.tensor(0.7)}, 3)):
+        means.add(values, weight)
+
+    again.load_state_dict(means.state_dict())
+
+    assert list(again.entries) == list(means.entries)
+    assert again.read() == means.read()

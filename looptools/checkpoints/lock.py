@@ -61,6 +61,7 @@ class _Hold:
 
 
 _HELD: dict[Path, _Hold] = {}
+_LAST: dict[Path, weakref.ref[Cursor]] = {}  # who held it last
 _LOST: weakref.WeakKeyDictionary[Cursor, set[Path]] = weakref.WeakKeyDictionary()
 _SAID: set[Path] = set()  # folders without locks
 
@@ -91,10 +92,12 @@ def hold(cursor: Cursor, folder: Path) -> None:
             held = _HELD[path] = _Hold(path, _lock(path))
     if owner is cursor:
         return
-    if owner is not None:
-        if owner._working:
-            raise Locked(f"checkpoint: {folder} is being written by another run of this process, which is at work.")
-        _LOST.setdefault(owner, set()).add(path)
+    if owner is not None and owner._working:
+        raise Locked(f"checkpoint: {folder} is being written by another run of this process, which is at work.")
+    last = _LAST[path]() if path in _LAST else None
+    if last is not None and last is not cursor:  # also if it rests, and holds nothing
+        _LOST.setdefault(last, set()).add(path)
+    _LAST[path] = weakref.ref(cursor)
     held.give(cursor)
 
 

@@ -59,9 +59,7 @@ def resume(run: Run, path: str | Path | None, accept: str | Iterable[str] = ()) 
         manifest = readable_manifest(part.folder)
         own = identity(cursor)
         if manifest.run == own.id:
-            own.number = max(
-                own.number, _newest_number(manifest)
-            )  # after an older file too, what is saved next is newest
+            own.number = max(own.number, _newest_number(manifest))  # after an older file, too: the next is the newest
             for criterion in part.best:
                 _reconcile(run, part.folder, manifest, criterion)
     return file
@@ -121,10 +119,10 @@ def _newest(folders: list[Path], own: bool) -> tuple[Path, Any] | None:
         try:
             tree = load(file, "resume", entry)
         except (Damaged, Refused, OSError) as error:
-            told: Any = (
-                error if isinstance(error, RuntimeError) else f"resume: {file} cannot be read: {error.strerror}."
-            )
-            warn(f"{told} Trying the one before.")
+            if isinstance(error, OSError):
+                warn(f"resume: {file} cannot be read: {error.strerror}. Trying the one before.")
+            else:
+                warn(f"{error} Trying the one before.")
             damaged.append((folder, entry))
             continue
         for place, its in damaged if own else ():

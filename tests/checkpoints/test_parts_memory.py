@@ -295,3 +295,30 @@ def test_a_part_that_holds_its_run_does_not_keep_it_alive():
     gc.collect()
 
     assert gone() is None
+
+
+def test_a_part_is_told_of_the_pass_before_its_memory_comes_back(tmp_path):
+    """What it makes ready there is ready, and what it begins anew there is not lost."""
+
+    @attrs.define(eq=False)
+    class counts:
+        seen: int = attrs.field(default=0, init=False)
+        _ready: bool = attrs.field(default=False, init=False)
+
+        def on_pass(self, run):
+            self.seen, self._ready = 0, True
+
+        def __call__(self, states):
+            for state in states:
+                assert self._ready
+                self.seen += 1
+                yield state
+
+    run = piped(Case()) | counts()
+    list(run.take(3))
+    run.save(tmp_path)
+    run = piped(Case()) | counts()
+    run.resume(tmp_path)
+    next(run)
+
+    assert run["counts"].seen == 4

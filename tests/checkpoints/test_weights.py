@@ -801,3 +801,15 @@ def test_a_safetensors_file_is_not_written_on_by_its_reader(tmp_path):
         model.weight.fill_(7)
 
     assert Path(file).read_bytes() == data
+
+
+def test_a_tensor_that_cannot_be_written_to_is_found_before_anything_is_changed():
+    """A buffer whose elements share memory; torch itself finds out half-way."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_buffer("mask", torch.zeros(1).expand(3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    saved = {key: torch.ones_like(value) for key, value in before.items()}
+
+    with pytest.raises(RuntimeError, match=r"1 of the model's tensors cannot be copied into: mask: .*expand"):
+        lt.load_weights(model, saved)
+    assert_same(model.state_dict(), before)

@@ -549,3 +549,46 @@ def test_a_metric_may_give_a_tensor_that_it_uses_again():
 
     assert [float(state.gauges["total"]) for state in states if state.last] == [7.0, 7.0]
     assert [row["total"] for row in run.history] == [7.0, 7.0]
+
+
+class Largest:
+    """A metric of the user's own, without a state_dict."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.most = 0.0
+
+    def update(self, value):
+        self.most = max(self.most, float(value))
+
+    def compute(self):
+        return self.most
+
+
+@pytest.mark.parametrize("kind", ["own", "minmax", "running"])
+def test_metrics_that_keep_values_beside_their_states_go_on_within_a_pass(tmp_path, kind):
+    """The result of the pass is that of the uninterrupted one."""
+    from torchmetrics import MeanMetric, MinMaxMetric
+    from torchmetrics.wrappers import Running
+
+    makes = {"own": Largest, "minmax": lambda: MinMaxMetric(MeanMetric()), "running": lambda: Running(MeanMetric(), 3)}
+    data = [5.0, 1.0, 4.0, 2.0, 3.0]
+
+    def make():
+        step = lambda model, batch, state: {"x": torch.tensor(batch * (3 - state.plan.round))}  # noqa: E731
+        phase = lt.validate(None, data, step) | lt.measure({"m": makes[kind]()}, lambda state: state.outputs["x"])
+        return lt.workflow([(phase, 1)], max_rounds=3)
+
+    measured = lambda run: [{k: v for k, v in row.items() if k[0] == "m"} for row in run.history]  # noqa: E731
+    straight = make()
+    straight.to_end()
+    for at in (2, 4, 7, 12):
+        run = make()
+        list(run.take(at))
+        run.save(tmp_path / str(at))
+        run = make()
+        run.resume(tmp_path / str(at))
+        run.to_end()
+        assert measured(run) == measured(straight), at
