@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import schedules, sinks
     from .checkpoints.verify import verify
-    from .checkpoints.verify_resume import verify_resume
     from .checkpoints.weights import load_weights, save_weights
     from .curves import plot
     from .data.seeded import seeded
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from .run import Run, workflow
     from .state import Plan, Progress, State
     from .stepping.lr_find import lr_find
+    from .trials.verify_resume import verify_resume
 
 __version__ = "0.3.0"
 
@@ -160,7 +160,7 @@ _HOMES = {
     "update_by_closure": "middleware.update_by_closure",
     "validate": "phases",
     "verify": "checkpoints.verify",
-    "verify_resume": "checkpoints.verify_resume",
+    "verify_resume": "trials.verify_resume",
     "watch": "middleware.watch",
     "workflow": "run",
 }

@@ -111,7 +111,7 @@ def in_large_form(data: bytes) -> bytes:
 
 def sealed(data: bytes) -> bytes:
     """The same archive with a checkpoint's trailer, as if it had been written so; what is none stays as it is."""
-    from looptools.checkpoints.trailer import LENGTH, trailer
+    from looptools.archives.trailer import LENGTH, trailer
 
     if data[-22:-18] != b"PK\5\6":
         return data

@@ -1,7 +1,7 @@
 """What is saved, how it is written, found and loaded again."""
 
+from ..archives.files import require_folder
 from ..cursor import Cursor
-from .files import require_folder
 from .fingerprint import note_seed
 from .inventory import inventory, only, require_owners
 from .memory import note_parts

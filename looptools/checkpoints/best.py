@@ -12,9 +12,9 @@ from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from ..archives.files import free_name, stem_of
 from ..intervals import highest, newest
 from ..pipeline import numbered
-from .files import free_name, stem_of
 from .manifest import Manifest
 
 if TYPE_CHECKING:

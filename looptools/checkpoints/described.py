@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .contents import Contents, Outline, shown
+from ..archives.contents import Contents, Outline, shown
 
 MOST_KEYS = 8  # of a group that are listed
 KEPT_APART = ("models", "optimizers", "scalers", "schedulers", "parts")  # groups with a name for each member
@@ -20,7 +20,7 @@ def what_it_is(contents: Contents) -> str:
 
     Example:
         >>> torch.save(torch.nn.Linear(2, 3).state_dict(), folder / "weights.pt")
-        >>> from looptools.checkpoints.contents import read_contents
+        >>> from looptools.archives.contents import read_contents
         >>> what_it_is(read_contents(folder / "weights.pt"))
         'weights: 2 tensors of 36 bytes'
     """

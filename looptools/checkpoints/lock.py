@@ -16,9 +16,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from ..archives.whole import naming
 from ..cursor import Cursor
 from ..warn import warn
-from .whole import naming
 
 try:
     import fcntl

@@ -11,11 +11,11 @@ from typing import Any
 
 import attrs
 
+from ..archives.files import set_aside, sums, write_bytes
+from ..archives.loading import examine
+from ..archives.whole import naming
 from ..warn import warn
-from .files import set_aside, sums, write_bytes
-from .loading import examine
 from .lock import alone
-from .whole import naming
 
 MANIFEST = "checkpoints.json"
 FORMAT = 2

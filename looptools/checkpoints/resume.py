@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..archives.contents import Refused
+from ..archives.files import Damaged, damage, differs, set_aside
+from ..archives.loading import load
 from ..intervals import highest
 from ..middleware.checkpoint import checkpoint
 from ..warn import warn
-from .contents import Refused
-from .files import Damaged, damage, differs, set_aside
 from .fingerprint import read_words
 from .forgetful import forgetful
 from .identity import identity
-from .loading import load
 from .lock import hold, let_go
 from .manifest import Manifest, read_manifest, readable_manifest, write_manifest
 from .tree import FORMATS, restore

@@ -11,20 +11,20 @@ from weakref import WeakSet, ref
 
 import attrs
 
+from ..archives.files import copy, free_name, stem_of, write
+from ..archives.whole import remove_leftovers
 from ..cursor import Cursor
 from ..intervals import highest
 from ..plain import require_plain
 from ..warn import warn
 from .background import Background, Buffers
 from .best import Taken, enter, stems, take, weights
-from .files import copy, free_name, stem_of, write
 from .fit import stateful
 from .identity import identity
 from .lock import hold, let_go
 from .manifest import Manifest, read_manifest, require_own, write_manifest
 from .memory import memory
 from .tree import capture
-from .whole import remove_leftovers
 
 if TYPE_CHECKING:
     from ..run import Run

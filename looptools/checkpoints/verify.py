@@ -10,10 +10,10 @@ from typing import Any
 import attrs
 
 from .. import html
-from .contents import Contents, Refused, read_header, shown
+from ..archives.contents import Contents, Refused, read_header, shown
+from ..archives.files import Damaged
+from ..archives.loading import examine
 from .described import Row, rows, size, what_it_is
-from .files import Damaged
-from .loading import examine
 from .manifest import MANIFEST, Broken, Manifest, checkpoints_in, read_list, rebuilt
 from .weight_files import SUFFIX, damage_of_safetensors
 

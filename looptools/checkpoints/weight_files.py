@@ -15,15 +15,15 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..archives.archive import Refused
+from ..archives.files import Damaged
+from ..archives.loading import load
+from ..archives.pickled import shown
+from ..archives.whole import sync_folder
 from ..checks import known
 from ..warn import warn
-from .archive import Refused
-from .files import Damaged
-from .loading import load
 from .manifest import read_manifest
 from .matching import WRAPPED, with_versions
-from .pickled import shown
-from .whole import sync_folder
 
 ENTRIES = ("state_dict", "model", "weights", "model_state_dict")  # where others keep a model's weights
 SUFFIX = ".safetensors"

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
+from ..archives.files import require_folder, write
+from ..archives.pickled import shown
 from ..plain import require_plain
 from ..warn import warn
-from .files import require_folder, write
 from .matching import Fit, Rename, compare, hint, match, plain_key, renaming, unwrapped, with_versions
-from .pickled import shown
 from .weight_files import SUFFIX, Found, Source, read, write_safetensors
 
 if TYPE_CHECKING:

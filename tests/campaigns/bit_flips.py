@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import looptools as lt
-from looptools.checkpoints import files
+from looptools.archives import files
 
 
 def make() -> lt.Run:

@@ -31,10 +31,10 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import torch  # noqa: E402
 from hostile import CORPUS, SENTINEL, TOUCH, archive, in_large_form, name, number, saved, sealed, text, unpacked  # noqa: E402
 
-from looptools.checkpoints import contents, loading  # noqa: E402
-from looptools.checkpoints.archive import read_archive  # noqa: E402
-from looptools.checkpoints.contents import Outline, Refused  # noqa: E402
-from looptools.checkpoints.files import Damaged  # noqa: E402
+from looptools.archives import contents, loading  # noqa: E402
+from looptools.archives.archive import read_archive  # noqa: E402
+from looptools.archives.contents import Outline, Refused  # noqa: E402
+from looptools.archives.files import Damaged  # noqa: E402
 from looptools.checkpoints.verify import verify  # noqa: E402
 
 SECONDS, HANGS = 1.0, 20.0  # a file's share of the processor; seconds on the clock after which it counts as hanging

@@ -35,7 +35,7 @@ import torch
 from trainings import Training, build, result
 
 import looptools as lt
-from looptools.checkpoints.files import damage
+from looptools.archives.files import damage
 from looptools.checkpoints.manifest import read_manifest
 
 MADE_ANEW = r".*checkpoints\.json is missing\. It is made anew"  # killed between the first file and its manifest

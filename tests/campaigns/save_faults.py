@@ -34,7 +34,8 @@ import torch
 from torch import nn
 
 import looptools as lt
-from looptools.checkpoints import files, lock, manifest, whole
+from looptools.archives import files, whole
+from looptools.checkpoints import lock, manifest
 
 CALLS = ["open", "close", "fsync", "fdatasync", "replace", "rename", "unlink", "mkdir", "stat", "scandir"]
 FAULTS = ["kill before", "kill after", "kill half way", "ENOSPC", "EIO", "EIO after"]

@@ -19,28 +19,23 @@ def own(kind):
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
 
-    def by_closure(states):
+    def train(states, optimizer):
         for state in states:
             (state.loss / 3).backward()
             if state.iteration % 3 == 2:
                 optimizer.step()
                 optimizer.zero_grad()
             yield state
+
+    def by_closure(states):
+        yield from train(states, optimizer)
 
     class by_attribute:
         def __init__(self, optimizer):
             self.optimizer = optimizer
 
         def __call__(self, states):
-            yield from by_closure_of(self.optimizer, states)
-
-    def by_closure_of(optimizer, states):
-        for state in states:
-            (state.loss / 3).backward()
-            if state.iteration % 3 == 2:
-                optimizer.step()
-                optimizer.zero_grad()
-            yield state
+            yield from train(states, self.optimizer)
 
     part = by_closure if kind == "closure" else by_attribute(optimizer)
     return lt.workflow([(lt.train(model, loader(), classify) | part, 1)], max_epochs=2)

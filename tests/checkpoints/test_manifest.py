@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import looptools as lt
+from looptools.archives.files import write
 from looptools.checkpoints import manifest as manifests
-from looptools.checkpoints.files import write
 from looptools.checkpoints.lock import hold, let_go
 from looptools.checkpoints.manifest import Manifest, read_manifest, readable_manifest, rebuilt, write_manifest
 

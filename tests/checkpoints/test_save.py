@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 import looptools as lt
 
 save_module = importlib.import_module("looptools.checkpoints.save")
-whole = importlib.import_module("looptools.checkpoints.whole")
+whole = importlib.import_module("looptools.archives.whole")
 
 
 def names(folder):

@@ -11,7 +11,7 @@ from hostile import CORPUS, made, sealed, text
 from loops import Case, piped
 
 import looptools as lt
-from looptools.checkpoints.files import write
+from looptools.archives.files import write
 
 
 @pytest.fixture(scope="module")

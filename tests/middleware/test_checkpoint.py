@@ -442,7 +442,7 @@ def test_a_manifest_that_cannot_be_written_loses_no_best(tmp_path, monkeypatch, 
 
 def test_the_file_and_its_folder_are_safe_before_it_is_listed(tmp_path, monkeypatch):
     """Data on the disk, then the name, then the folder: after a power cut nothing that is listed is empty."""
-    files, done = importlib.import_module("looptools.checkpoints.files"), []
+    files, done = importlib.import_module("looptools.archives.files"), []
     fsync, replace = os.fsync, os.replace
 
     def recorded(name, real):

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from ..checkpoints.described import size
 from ..checks import whole_number
 from . import trial
-from .described import size
 from .digests import CLOCKS
 from .first_difference import Record, clocks, first_difference, hints, place_of, unseeded
 from .fresh import Process, in_turn, named, within

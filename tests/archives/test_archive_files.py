@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from looptools.checkpoints import files, trailer, whole
-from looptools.checkpoints.files import copy, damage, has_trailer, require_folder, set_aside, write
+from looptools.archives import files, trailer, whole
+from looptools.archives.files import copy, damage, has_trailer, require_folder, set_aside, write
 
 CAMPAIGNS = Path(__file__).parent.parent / "campaigns"
 TREE = {"w": torch.arange(6.0), "epoch": 3}
@@ -195,7 +195,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         """
         import resource, sys, torch
         from pathlib import Path
-        from looptools.checkpoints.files import write
+        from looptools.archives.files import write
         for size in (100, 2000, 100_000, 3_999_000):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             try:
@@ -392,7 +392,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
         """
         import os, sys
         from pathlib import Path
-        from looptools.checkpoints.files import require_folder
+        from looptools.archives.files import require_folder
         os.chdir(sys.argv[1])
         if not os.getuid():
             os.setgroups([])

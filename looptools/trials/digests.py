@@ -12,10 +12,10 @@ import attrs
 import torch
 from torch import Tensor
 
+from ..checkpoints.tree import capture
 from ..generators import get_generators
 from ..means import number
 from ..state import State
-from .tree import capture
 
 if TYPE_CHECKING:
     from ..run import Run

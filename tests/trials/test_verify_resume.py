@@ -15,10 +15,10 @@ import builds
 import pytest
 
 import looptools as lt
-from looptools.checkpoints import fresh
-from looptools.checkpoints import verify_resume as module
-from looptools.checkpoints.fresh import Named
-from looptools.checkpoints.trial import tell
+from looptools.trials import fresh
+from looptools.trials import verify_resume as module
+from looptools.trials.fresh import Named
+from looptools.trials.trial import tell
 
 quietly = functools.partial(lt.verify_resume, line=None)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hostile import CORPUS, SENTINEL, archive, in_large_form, made, pickled, records, sealed, tensor, text
 
-from looptools.checkpoints.contents import Contents, Outline, Refused, read_contents, read_header, shown
+from looptools.archives.contents import Contents, Outline, Refused, read_contents, read_header, shown
 
 
 def contents_of(value, folder) -> Contents:

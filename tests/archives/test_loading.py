@@ -11,9 +11,9 @@ import pytest
 import torch
 from hostile import CORPUS, SENTINEL, SetsState, archive, pickled, records, saved, sealed, tensor
 
-from looptools.checkpoints.contents import Refused
-from looptools.checkpoints.files import Damaged, write
-from looptools.checkpoints.loading import load
+from looptools.archives.contents import Refused
+from looptools.archives.files import Damaged, write
+from looptools.archives.loading import load
 
 CAMPAIGN = Path(__file__).parent.parent / "campaigns" / "fuzz_loading.py"
 TREE = {"format": 2, "run": {"id": "abc", "number": 1}, "progress": {"epoch": 3}, "weight": torch.arange(4.0)}
@@ -81,7 +81,7 @@ def test_the_environment_cannot_ask_for_the_unsafe_way(tmp_path, monkeypatch):
     """What is refused here is refused by torch.load too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    monkeypatch.setattr("looptools.checkpoints.loading.examine", lambda *args: None)
+    monkeypatch.setattr("looptools.archives.loading.examine", lambda *args: None)
     Path("file.pt").write_bytes(saved({"x": SetsState()}))
 
     with pytest.raises(Refused, match="cannot be read: Weights only load failed"):

@@ -20,6 +20,7 @@ import attrs
 import torch
 
 from ..agenda import Agenda, Entry
+from ..checkpoints.inventory import inventory
 from ..data.loaders import draws_in_workers
 from ..data.sources import trusted_len
 from ..phases import Phase
@@ -27,7 +28,6 @@ from ..stepping.elsewhere import elsewhere
 from ..stepping.mended import mended, piped
 from .digests import leaves, of_generators, of_run, of_state
 from .fresh import run_main
-from .inventory import inventory
 from .unsaved import unsaved
 
 if TYPE_CHECKING:
