@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import time
 import weakref
@@ -31,6 +32,7 @@ except ImportError:  # everywhere else
 
 LOCK = "checkpoints.lock"
 FAR = 1 << 30  # Windows lets nobody read what is locked; so a byte far behind the text is
+PATIENCE = 10.0  # seconds that a dead process may need to let go of its last descriptor
 TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
@@ -128,6 +130,7 @@ def alone(folder: Path) -> Iterator[bool]:
 
 def _lock(path: Path) -> FileIO | None:
     """Make and lock the file; None where there are no locks, which is said once."""
+    until = time.monotonic() + PATIENCE
     while True:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(FileIO(path, "r+", opener=_make))
@@ -135,7 +138,11 @@ def _lock(path: Path) -> FileIO | None:
                 _try(file)
             except OSError as error:
                 if error.errno in TAKEN:
-                    said = f"{path.parent} is being written by {_who(file)}"
+                    who = _who(file)
+                    if _is_dead(who) and time.monotonic() < until:  # a child that it was just forking is still going
+                        time.sleep(0.02)
+                        continue
+                    said = f"{path.parent} is being written by {who}"
                     raise Locked(f"checkpoint: {said}. Give each run its own folder.") from None
                 if error.errno in NO_LOCKS:
                     _say_none(path.parent, str(error.strerror))
@@ -174,6 +181,20 @@ def _is_at(path: Path, file: FileIO) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def _is_dead(who: str) -> bool:
+    """Whether it is a process of this machine that is gone."""
+    found = re.match(r"process (\d+) on host (\S+) since", who)
+    if found is None or found[2] != socket.gethostname() or fcntl is None:  # Windows would send a signal
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _who(file: FileIO) -> str:

@@ -134,6 +134,26 @@ def test_a_forked_child_neither_has_the_lock_nor_takes_it_away(tmp_path):
             hold(run().cursor, tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
+def test_what_a_dead_process_still_holds_is_waited_for(tmp_path):
+    """It was killed while it forked: a moment later its child is gone, and the lock with it."""
+    code = """
+        import re, subprocess
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        path = folder / "checkpoints.lock"
+        path.write_text(re.sub(r"process [0-9]+", f"process {gone.pid}", path.read_text()))
+        print("ready", flush=True)
+        time.sleep(0.5)
+        os._exit(0)
+    """
+    with other(tmp_path, code) as process:
+        assert process.stdout.readline() == "ready\n"
+        one = run()
+        hold(one.cursor, tmp_path)
+        let_go(one.cursor)
+
+
 def test_a_process_that_ends_leaves_no_file(tmp_path):
     """Also if it never closed its run."""
     with other(tmp_path, "sys.exit()") as process:
