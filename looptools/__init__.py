@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .middleware.clip_grad_value import clip_grad_value
     from .middleware.early_stop import early_stop
     from .middleware.ema import ema
+    from .middleware.flight_recorder import flight_recorder
     from .middleware.forward import forward
     from .middleware.freeze import freeze
     from .middleware.grad_noise import grad_noise
@@ -43,10 +44,13 @@ if TYPE_CHECKING:
     from .pipeline import chain, pipe
     from .run import Run, workflow
     from .state import Plan, Progress, State
+    from .stepping.divergence import first_divergence
     from .stepping.lr_find import lr_find
+    from .stepping.reopen import reopen
+    from .stepping.snapshots import snapshots
     from .trials.verify_resume import verify_resume
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "Phase",
@@ -63,6 +67,8 @@ __all__ = [
     "early_stop",
     "ema",
     "epochs",
+    "first_divergence",
+    "flight_recorder",
     "forward",
     "freeze",
     "grad_noise",
@@ -81,6 +87,7 @@ __all__ = [
     "pipe",
     "plot",
     "profile",
+    "reopen",
     "rounds",
     "samples",
     "save_weights",
@@ -92,6 +99,7 @@ __all__ = [
     "seed_everything",
     "seeded",
     "sinks",
+    "snapshots",
     "stop_after",
     "swa",
     "target",
@@ -123,6 +131,8 @@ _HOMES = {
     "early_stop": "middleware.early_stop",
     "ema": "middleware.ema",
     "epochs": "intervals",
+    "first_divergence": "stepping.divergence",
+    "flight_recorder": "middleware.flight_recorder",
     "forward": "middleware.forward",
     "freeze": "middleware.freeze",
     "grad_noise": "middleware.grad_noise",
@@ -141,6 +151,7 @@ _HOMES = {
     "pipe": "pipeline",
     "plot": "curves",
     "profile": "middleware.profile",
+    "reopen": "stepping.reopen",
     "rounds": "intervals",
     "samples": "intervals",
     "save_weights": "checkpoints.weights",
@@ -150,6 +161,7 @@ _HOMES = {
     "seconds": "intervals",
     "seed_everything": "generators",
     "seeded": "data.seeded",
+    "snapshots": "stepping.snapshots",
     "stop_after": "middleware.stop_after",
     "swa": "middleware.swa",
     "target": "intervals",

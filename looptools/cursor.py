@@ -16,10 +16,13 @@ from threading import get_ident
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch import is_autocast_enabled, is_grad_enabled, is_inference_mode_enabled
+
 from .agenda import Agenda
 from .failures import Failed, add_notes, asked_by, not_the_state, stopped_by_user_code, what_now
 from .interrupts import MAIN, interrupts
 from .links import Slot, close_streams, raise_all
+from .modes import put_back
 from .passes import Passes
 from .phases import Phase
 from .pipeline import Middleware, flatten, fresh, name_of, numbered
@@ -45,6 +48,7 @@ class Cursor:
         self.handed: State | None = None  # the last one that was finished
         self.unseen: State | None = None  # finished, but Ctrl-C came before it could be handed out
         self.at_boundary: list[Callable[[Run], Any]] = []
+        self.keeper: Any = None  # keeps the run's state in memory, if that was asked for
         self.unsure: Callable[[], None] | None = None  # asks, before each iteration, whether anybody trains
         self.stopping = ""
         self.ended = ""
@@ -53,6 +57,7 @@ class Cursor:
         self.began = self.began_before = self.fetched = 0.0  # seconds: this iteration, the one before, its batch
         self.hears = self._counted = self._closing = self._working = False  # hears: signals' handlers were set for it
         self._entered = 0.0
+        self._samples = 0  # before the open iteration
         self.lines = {id(phase): self._line(phase) for phase in agenda.phases}
         parts = list(flatten(middlewares))
         names = numbered(name for name, _ in parts)
@@ -82,24 +87,30 @@ class Cursor:
         Raises:
             RuntimeError: If the run is at work already.
         """
-        if self._working:
+        if self._working and interrupts.calls(self) > 1:  # a Ctrl-C as it ended may have left the mark behind
             raise RuntimeError("run: it is at work already, within this iteration or in another thread.")
-        in_main = get_ident() == MAIN
-        if in_main and (not self.hears or getsignal(signal.SIGINT) is not interrupts.handler):
+        deaf = not self.hears or getsignal(signal.SIGINT) is not interrupts.handler
+        if deaf and get_ident() == MAIN and not self.ended:  # at the end nobody would put the handler before it back
             interrupts.install(self)
-        interrupts.at_work += in_main
-        self._working = True
+        modes = is_grad_enabled(), is_inference_mode_enabled(), is_autocast_enabled("cpu"), is_autocast_enabled("cuda")
         self._entered = perf_counter() - self.progress.seconds
+        self._working = True
         try:
+            if self.keeper is not None and self.state is not None:
+                self.keeper.entered(self.state)
             return action()
+        except BaseException:
+            put_back(modes)  # a `with` that Ctrl-C struck as it was left may not have
+            raise
         finally:
+            if self.keeper is not None and self.state is not None:
+                self.keeper.left(self.state)
             self.progress.seconds = perf_counter() - self._entered
             self._working = False
-            interrupts.at_work -= in_main
 
     def require_rest(self, verb: str) -> None:
         """Refuse a *verb* that closes parts while one of them is at work."""
-        if self._working:
+        if self._working and interrupts.calls(self):
             raise RuntimeError(f"{verb}: the run is at work, within this iteration. End it with state.stop(...).")
 
     @property
@@ -125,11 +136,11 @@ class Cursor:
             if state is None:  # the run ended while a part that dropped its state asked for another
                 continue
             self.finish()
+            self.unseen = None if state.dropped else state  # whatever strikes now, it will be handed out
             if interrupts.pending:
-                self.unseen = None if state.dropped else state
                 interrupts.deliver(self)
-                self.unseen = None  # whoever handled it lets the run go on
             if not state.dropped:
+                self.unseen = None
                 return state
         self.conclude()
         raise StopIteration
@@ -142,15 +153,22 @@ class Cursor:
             return False
         if not self.started:
             self.start()
+        if self.keeper is not None:
+            self.keeper.at_boundary()
         if self.passes.phase is None and not self._open_pass():
             return False
+        if self.keeper is not None:
+            self.keeper.fetching()
         self.began_before, self.began = self.began, perf_counter() - self._entered
+        self.at, self._counted, self._samples = 0, False, self.progress.samples
         try:
             self.state = self.passes.fetch(self.run)
         except BaseException as error:
+            self.state = self.passes.unfetch(error)
             raise self._fail(f"{self.passes.plan.phase}/batches", error)
         self.fetched = perf_counter() - self._entered
-        self.at = 0
+        if self.keeper is not None:
+            self.keeper.fetched(self.state)
         return True
 
     def advance(self, until: Slot | None = None) -> None:
@@ -165,47 +183,47 @@ class Cursor:
             slot.link.state = self.state
             try:
                 out = next(slot.begin() if slot.stream is None else slot.stream)
+                if out is not self.state or slot.link.state is not None:  # one that drops states has moved self.state
+                    raise not_the_state(slot.name, out)
+                self.at += 1  # from here on the part has done its work
             except StopIteration:
                 self._stream_ended(slot)
-                continue
             except BaseException as error:
                 raise self._fail(slot.name, error, slot)
-            if out is not self.state or slot.link.state is not None:  # a part that drops states has moved self.state
-                raise self._fail(slot.name, not_the_state(slot.name, out), slot)
-            self.at += 1
 
     def finish(self) -> None:
         """The boundary: count the iteration, then do what parts asked to be done here."""
         state = self.state
         assert state is not None
         try:
-            if not self._counted:
+            if not self._counted:  # if Ctrl-C strikes in here, all of it is done once more
                 if state.last:
                     self.passes.end(state)
                 if state.trains:
-                    self.progress.iteration += 1
-                    self.progress.samples += 0 if state.dropped else state.num_samples
+                    self.progress.iteration = state.iteration + 1
+                    self.progress.samples = self._samples + (0 if state.dropped else state.num_samples)
+                self.passes.mark, self.passes.ready = None, None
                 self._counted = True
             while self.at_boundary:
                 self.at_boundary[0](self.run)
                 del self.at_boundary[0]
         except BaseException as error:
             raise self._fail(asked_by(self.at_boundary, self.slots), error)
-        self.state, self.at, self._counted = None, 0, False
         if not state.dropped:
             self.handed = state
+        self.state, self.at = None, 0
 
     def start(self) -> None:
         """From here on the run has begun: files may be written."""
         for slot in () if self.started else self.slots:
-            if hasattr(slot.part, "on_start"):
+            if hasattr(slot.part, "on_start") and not slot.muted:  # else when it hears again
                 slot.part.on_start(self.run)
         self.started = True
 
     def _open_pass(self) -> bool:
         """Go on to the next pass; False if there is none."""
-        self.line, done = [], self.line
-        self.close(slot for slot in done if not slot.of_run)
+        self.close(slot for slot in self.slots if not slot.of_run)  # those that were muted meanwhile too
+        self.line = []
         while (entry := self.passes.upcoming()) is not None and not self.stopping:
             phase = entry.phase
             try:
@@ -219,19 +237,20 @@ class Cursor:
                 phase(self.run)
                 self.passes.place.done += 1
             except BaseException as error:
+                self.passes.turn_back()
                 name = f"{phase.name}/batches" if isinstance(phase, Phase) else f"workflow/{name_of(phase)}"
                 raise self._fail(name, error)
         return False
 
     def line_up(self, phase: Phase) -> None:
         """Put the parts that a pass of *phase* goes through beside each other."""
-        self.line = [*self.lines[id(phase)], *self.run_slots]
+        self.line = [slot for slot in (*self.lines[id(phase)], *self.run_slots) if not slot.muted]
 
     def conclude(self) -> None:
         """There is no further iteration: end the run, if it has not ended yet."""
         if not self.ended:
             for slot in self.slots:
-                if hasattr(slot.part, "on_end"):
+                if hasattr(slot.part, "on_end") and not slot.muted:
                     slot.part.on_end(self.run)
             epochs = "1 epoch" if self.progress.epoch == 1 else f"{self.progress.epoch} epochs"
             self.end(self.stopping or f"finished: {epochs}, {self.progress.iteration} iterations")
@@ -240,6 +259,8 @@ class Cursor:
         """What ``state.last`` asks."""
         if state is not self.state:
             return False  # asked of a state that was overtaken
+        if self.keeper is not None and self.passes.is_unknown:
+            self.keeper.fetching()
         try:
             return self.passes.is_last()
         except BaseException as error:
@@ -262,12 +283,13 @@ class Cursor:
         dropped = self.state
         if self._closing or dropped is None:
             raise StopIteration
+        last = dropped.last  # may fetch a batch, and fail: then the state comes once more
         dropped.dropped = True
-        if dropped.last and not slot.of_run:
+        if last and not slot.of_run:
             raise StopIteration
         slot.waiting = True
         try:
-            if dropped.last:
+            if last:
                 self.at = self.line.index(slot) + 1  # those behind it still learn that the pass has ended
                 self.advance()
             if self.state is dropped and (not dropped.last or self.at >= len(self.line)):
@@ -306,17 +328,30 @@ class Cursor:
             return error  # on its way out through a part that had asked for another state
         error = stopped_by_user_code(name, error)
         interrupts.failed()  # this stops the run already
-        self.failed = Failed(name, self.state, error, what_now(name, self.state, slot is not None))
-        add_notes(self.failed, self.part_names, self.progress, slot)
+        kept = self.keeper is not None and self.keeper.undoes
+        self.failed = Failed(name, self.state, error, what_now(name, self.state, slot is not None, kept), self.line)
+        rolled_back = self.keeper is not None and self.keeper.failed(self.failed, slot)
+        add_notes(self.failed, self.part_names, self.progress, slot, kept=kept, rolled_back=rolled_back)
         return error
+
+    def overcome(self, *, again: bool = False) -> None:
+        """The failure, if there is one, is behind: nothing keeps its iteration alive.
+
+        Args:
+            again: Whether what failed is done once more; then it is said if that has been redefined but not replaced.
+        """
+        failed, self.failed = self.failed, None
+        if failed is not None:
+            failed.overcome(again=again)
 
     def go_on(self) -> None:
         """After a failure: stand where the part that failed says that it can be redone from."""
-        self.failed = None
+        self.overcome(again=True)
+        if self.keeper is not None:
+            self.keeper.go_on()
         if self.state is not None and self.at < len(self.line):
             origin = getattr(self.line[self.at].part, "redo_from", None)
-            before = [n for n in range(self.at) if self.line[n].short == origin]
-            self.at = before[-1] if before else self.at
+            self.at = max((n for n in range(self.at) if self.line[n].short == origin), default=self.at)
 
     def close(self, slots: Iterable[Slot]) -> None:
         """Close the generators of *slots*.
@@ -333,9 +368,10 @@ class Cursor:
     def end(self, why: str) -> None:
         """The run is over: drop what is open, and close every part."""
         self.ended = why
-        self.state = self.unseen = self.failed = None
+        self.overcome()
+        self.state = self.unseen = self.passes.mark = self.passes.ready = None
         self.at_boundary.clear()
-        self.at, self._counted = 0, False
+        self.at = 0
         self.rest()
 
     def rest(self) -> None:
@@ -350,3 +386,6 @@ class Cursor:
             except BaseException as error:
                 errors.append(error)
         raise_all(errors)
+
+
+interrupts.work = Cursor.work.__code__

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import itertools
 import re
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,18 +16,29 @@ from torch.nn import Module
 
 from .devices import model_device
 from .links import Slot
+from .redefined import redefined, warn_of_redefined
 from .state import Progress, State
+from .tracebacks import let_go
+
+LIBRARY = __name__.partition(".")[0]
 
 
 @attrs.frozen(eq=False)
 class Failed:
     """What stopped a run: ``run.failed``.
 
+    While the run stands there, the exception keeps what a debugger wants to see (``%debug``). Once it has gone on,
+    nothing of the iteration is kept, whoever still has the exception or this.
+
     Args:
         part: Full name of the part that raised.
-        state: The state it had; None if a pass's first batch could not be fetched.
+        state: The state it had; None if a pass's first batch could not be fetched, and once the run has gone on.
         exception: What it raised.
-        advice: The verbs that help in this place.
+        verbs: The verbs that help in this place.
+        line: The parts of the pass, to be looked at for what has been redefined since.
+
+    Attributes:
+        advice: What to do: the verbs that help, before them what has been redefined and is not in the run yet.
 
     Example:
         >>> Failed("train/forward", State(phase="train", iteration=3), ValueError("no"))
@@ -38,11 +48,43 @@ class Failed:
     part: str
     state: State | None
     exception: BaseException
-    advice: str = ""
+    verbs: str = ""
+    line: Sequence[Slot] = attrs.field(default=(), repr=False)
+    where: str = attrs.field(init=False)
+
+    @where.default
+    def _where(self) -> str:
+        return "" if self.state is None else f", iteration={self.state.iteration}, epoch={self.state.epoch}"
+
+    @property
+    def redefined(self) -> str:
+        """Which steps and parts of the pass have been redefined since they were piped, and how they get in."""
+        return " ".join(f"{new.what} has been redefined since: {new.cure} puts it in." for new in redefined(self.line))
+
+    @property
+    def advice(self) -> str:
+        """What to do."""
+        return f"{self.redefined} {self.verbs}".strip()
 
     def __repr__(self) -> str:
-        where = "" if self.state is None else f", iteration={self.state.iteration}, epoch={self.state.epoch}"
-        return f"Failed(part={self.part!r}{where}, exception={self.exception!r})"
+        redefined = f" {self.redefined}" if self.redefined else ""
+        return f"Failed(part={self.part!r}{self.where}, exception={self.exception!r}){redefined}"
+
+    def warn_of_redefined(self) -> None:
+        """As the run goes on: say, once for each, that what has been redefined is not what runs."""
+        warn_of_redefined(self.line)
+
+    def overcome(self, *, again: bool = False) -> None:
+        """The run goes on, or is over: keep nothing of the iteration.
+
+        Args:
+            again: Whether what failed is done once more.
+        """
+        if again:
+            self.warn_of_redefined()
+        let_go(self.exception)
+        object.__setattr__(self, "state", None)
+        object.__setattr__(self, "line", ())
 
 
 def stopped_by_user_code(name: str, error: BaseException) -> BaseException:
@@ -70,7 +112,15 @@ def asked_by(actions: Sequence[Callable[..., Any]], slots: Iterable[Slot]) -> st
     return next((slot.name for slot in slots if slot.part is part), "boundary")
 
 
-def add_notes(failed: Failed, names: list[str], progress: Progress, slot: Slot | None) -> None:
+def add_notes(
+    failed: Failed,
+    names: list[str],
+    progress: Progress,
+    slot: Slot | None,
+    *,
+    kept: bool = False,
+    rolled_back: bool = False,
+) -> None:
     """Say on the exception where it happened, what cannot be undone, and how to go on.
 
     Args:
@@ -78,34 +128,71 @@ def add_notes(failed: Failed, names: list[str], progress: Progress, slot: Slot |
         names: Full names of the parts of the pass, in order.
         progress: The run's counters, for where no state is open.
         slot: The place of the part; None if it was none.
+        kept: Whether a retry undoes all that the iteration has done.
+        rolled_back: Whether all that the iteration has done is undone already, from a snapshot.
     """
     error, state, name = failed.exception, failed.state, failed.part
     number = f", part {names.index(name) + 1} of {len(names)}" if name in names else ""
     iteration, epoch = (state or progress).iteration, (state or progress).epoch
-    error.add_note(f"looptools: {name} (iteration {iteration}, epoch {epoch}{number}).")
-    with contextlib.suppress(Exception):  # a batch that cannot be described must not hide what was raised
-        if advice := advise(failed):
-            error.add_note(advice)
-    if slot is not None and state is not None and hasattr(slot.part, "leaves"):
-        with contextlib.suppress(Exception):
-            if left := slot.part.leaves(state):
-                error.add_note(f"What it did before it failed cannot be undone: {left}.")
+    _add(error, lambda: f"looptools: {name} (iteration {iteration}, epoch {epoch}{number}).")
+    _add(error, lambda: advise(failed))
+    if rolled_back:
+        _add(error, lambda: "It was rolled back to where the iteration had only its batch.")
+    elif slot is not None and state is not None:
+        _add(error, lambda: left_behind(slot, state))
+        if not kept:
+            _add(error, lambda: left_by_redoing(slot, state))
     code = getattr(slot.part, "__code__", None) if slot is not None else None
     if slot is not None and code is not None and inspect.isgeneratorfunction(slot.part) and code.co_nlocals > 2:
-        error.add_note(f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
+        _add(error, lambda: f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
     if isinstance(error, Exception):
-        error.add_note(failed.advice)
+        _add(error, lambda: failed.verbs)
 
 
-def what_now(name: str, state: State | None, within_part: bool) -> str:
-    """The verbs that help after a failure of the part *name*, or of what it asked to be done at the boundary."""
+def _add(error: BaseException, note: Callable[[], str]) -> None:
+    """Add a note, if there is one; what cannot be described, or takes no notes, must not hide what was raised."""
+    with contextlib.suppress(Exception):
+        if said := note():
+            error.add_note(said)
+
+
+def left_behind(slot: Slot, state: State) -> str:
+    """What a failure in the middle of the part cannot undo without snapshots, as far as that can be known."""
+    part = slot.part
+    if hasattr(part, "leaves"):
+        done = part.leaves(state)
+        return f"What it did before it failed cannot be undone: {done}." if done else ""
+    kind = part if inspect.isroutine(part) else type(part)
+    if f"{getattr(kind, '__module__', '')}.".startswith(f"{LIBRARY}."):
+        return ""
+    return f"{slot.name} is your own: what it had changed before it failed stays changed, and would be done again."
+
+
+def left_by_redoing(slot: Slot, state: State) -> str:
+    """What changes a second time when a part behind `forward` fails, and the step is called again."""
+    again = getattr(slot.part, "redo_from", "") == "forward"
+    if state.forwarded is None or (state.committed and not again) or not state.forwarded.leaves(state):
+        return ""
+    verbs = "next(run) and run.retry() call" if again else "run.retry() calls"
+    return f"{verbs} the step again: the model's buffers (BatchNorm statistics) then take this batch in twice."
+
+
+def what_now(name: str, state: State | None, within_part: bool, kept: bool = False) -> str:
+    """The verbs that help after a failure of the part *name*, or of what it asked to be done at the boundary.
+
+    Args:
+        name: Full name of the part.
+        state: The open iteration's.
+        within_part: Whether the part itself raised.
+        kept: Whether the iteration's beginning is kept.
+    """
     if name.startswith("workflow/"):
         return "next(run) calls it again, run.skip() goes on behind it."
     if name.endswith("/batches"):
         return "next(run) asks the source again, run.skip() passes over the batch."
     if not within_part:  # the iteration is complete, but for what was to be done at its boundary
         return "run.replace(...) mends the part, next(run) does it again, run.skip() leaves it undone."
-    redo = "" if state is None or state.committed else "run.retry() redoes the iteration, "
+    redo = "" if state is None or (state.committed and not kept) else "run.retry() redoes the iteration, "
     return f"run.replace(...) mends it, next(run) goes on there, {redo}run.skip() drops it."
 
 
@@ -207,7 +294,7 @@ def advise(failed: Failed) -> str:
     for advice in ADVICE:
         if isinstance(error, advice.kind) and advice.of in ("", part) and re.search(advice.message, str(error)):
             if advice in OUT_OF_MEMORY:
-                traceback.clear_frames(error.__traceback__)
+                let_go(error)
             return advice.text.format_map(_facts(state))
     return ""
 

@@ -58,7 +58,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.handler = self._handle  # one object: a bound method is a new one at each look
         self.stop_handler = self._handle_stop
-        self.at_work = 0  # counted by the cursor, for every call
+        self.work: Any = None  # the code of `Cursor.work`: whose calls are on the stack is at work
         self.pending = False  # whether anything waits for a boundary
         self._ctrl_c = False
         self._asked = 0  # the signal that asked to save and to end
@@ -103,15 +103,36 @@ class Interrupts:
             return
         if self._asked and cursor is not None and cursor in self._savers:
             around = [other for other in self._savers if other is not cursor and other._working]
-            if self.at_work <= 1 or not around:
+            if self.depth() <= 1 or not around:
                 self._save_and_end(cursor)
-        if self._ctrl_c and self.at_work <= 1:  # a run inside another leaves it to the outer one
+        if self._ctrl_c and self.depth() <= 1:  # a run inside another leaves it to the outer one
             self._drop_ctrl_c()
             self._as_before(signal.SIGINT, None)
 
+    def depth(self, frame: FrameType | None = None, but: Cursor | None = None) -> int:
+        """How many runs are at work inside each other in this thread. Not counted: an interrupt could strike there.
+
+        Args:
+            frame: Where to look from; this very place without it.
+            but: Not this one's.
+        """
+        found = list(self._at_work(frame or sys._getframe(1)))
+        return sum(cursor is not but for cursor in found)
+
+    def calls(self, cursor: Cursor) -> int:
+        """How many calls of `Cursor.work` are under way for *cursor*, in all threads."""
+        frames = sys._current_frames().values()
+        return sum(other is cursor for frame in frames for other in self._at_work(frame))
+
+    def _at_work(self, frame: FrameType | None) -> Iterator[Cursor]:
+        while frame is not None:
+            if frame.f_code is self.work:
+                yield frame.f_locals["self"]
+            frame = frame.f_back
+
     def failed(self) -> None:
         """An exception stops the run, so Ctrl-C need not do it as well; a run inside another leaves it to that one."""
-        if get_ident() == MAIN and self.at_work <= 1:
+        if get_ident() == MAIN and self.depth() <= 1:
             self._drop_ctrl_c()
 
     def _drop_ctrl_c(self) -> None:
@@ -129,7 +150,7 @@ class Interrupts:
         name = signal.Signals(self._asked).name
         files, errors = [], []
         for slot in cursor.slots:
-            if hasattr(slot.part, "save_now"):
+            if hasattr(slot.part, "save_now") and not slot.muted:
                 try:
                     files.append(slot.part.save_now(cursor.run))
                 except Exception as error:
@@ -163,7 +184,7 @@ class Interrupts:
             return
         cursor.hears = False
         self._savers.discard(cursor)
-        pressed, outermost = False, self.at_work <= cursor._working
+        pressed, outermost = False, self.depth(but=cursor) == 0
         if outermost and getsignal(signal.SIGINT) is self.handler:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
             pressed = self._ctrl_c
@@ -188,7 +209,7 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that was forked while a run was at work
             return
-        if not self.at_work:
+        if not self.depth(frame):
             self._as_before(number, frame)
         elif self._ctrl_c:
             self._drop_ctrl_c()
@@ -198,7 +219,7 @@ class Interrupts:
 
     def _handle_stop(self, number: int, frame: FrameType | None) -> None:
         interactive = hasattr(sys, "ps1")  # a prompt or a notebook: there, a run may stand still for long
-        comes = not interactive or self.at_work
+        comes = not interactive or self.depth(frame)
         if self._asked or not comes or all(saver.ended for saver in self._savers):
             self._as_before(number, frame)
         else:

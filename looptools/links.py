@@ -12,7 +12,7 @@ from .state import State
 class Slot:
     """A part in its place: its name, its generator while it has one, and the link that feeds it."""
 
-    __slots__ = ("guard", "link", "name", "of_run", "part", "starting", "stream", "waiting")
+    __slots__ = ("guard", "link", "muted", "name", "of_run", "part", "starting", "stream", "waiting")
 
     def __init__(self, name: str, part: Middleware, refill: Callable[[Slot], State], of_run: bool) -> None:
         self.name = name
@@ -20,6 +20,7 @@ class Slot:
         self.of_run = of_run  # one generator for the whole run, or a new one each pass
         self.stream: Iterator[State] | None = None
         self.guard: Callable[[Iterator[State], str], Iterator[State]] | None = None  # put around the generator
+        self.muted = False  # states pass it by
         self.waiting = False  # it dropped a state, and is being found the next one
         self.starting = False  # it may not ask for states before it has returned an iterator
         self.link = Link(self, refill)

@@ -22,6 +22,7 @@ from .gradients import optimizers_of, parameters_of
 from .links import Slot
 from .phases import Phase
 from .schedules import constant, plateau
+from .spent_sources import require_sources_to_last
 from .warn import warn
 
 FILL = {"backward", "update_by_closure"}  # fill the gradients of their optimizers
@@ -362,44 +363,33 @@ def check_order(cursor: Cursor) -> None:
         ValueError: Naming the two parts, and what to do.
     """
     require_sources_to_last(cursor)
-    found = lines(cursor)
-    for message in _said(RULES, found):
+    for message in refusals(cursor):
         raise ValueError(message)
-    for message in dict.fromkeys(_said(DOUBTS, found)):  # a part of the run stands in several lines
+    for message in doubts(cursor):
         warn(message)
 
 
-def _said(rules: Iterable[Callable[[Line], Iterator[str]]], found: list[Line]) -> Iterator[str]:
-    return (message for line in found for rule in rules for message in rule(line))
+def refusals(cursor: Cursor) -> list[str]:
+    """What cannot be right about the order as it is now; without muted parts."""
+    return _said(RULES, cursor)
 
 
-def require_sources_to_last(cursor: Cursor) -> None:
-    """Refuse a source that can be walked through only once under a phase that has several passes.
+def doubts(cursor: Cursor) -> list[str]:
+    """What hardly can be right about it."""
+    return _said(DOUBTS, cursor)
 
-    Raises:
-        ValueError: If there is one.
-    """
-    passes = cursor.passes
-    lengths = {key: n or 0 for key, n in passes.lengths.items()}
-    if passes.agenda.max_iterations is not None:
-        return  # how many passes there are depends on how long they prove to be
-    walks: dict[int, int] = {}
-    for entry, _ in itertools.islice(passes.agenda.walk(lengths), 1000):
-        phase = entry.phase
-        if isinstance(phase, Phase) and hasattr(phase.source, "__next__") and not (entry.trains and entry.batches):
-            walks[id(phase)] = walks.get(id(phase), 0) + 1
-            if walks[id(phase)] > 1:
-                raise ValueError(
-                    f"{passes.names[id(phase)]}: its source is a {type(phase.source).__name__}, which is spent after "
-                    "one pass, and there are several. Give a function that makes it anew (lambda: ...), or a list."
-                )
+
+def _said(rules: Iterable[Callable[[Line], Iterator[str]]], cursor: Cursor) -> list[str]:
+    found = lines(cursor)  # a part of the run stands in several
+    return list(dict.fromkeys(message for line in found for rule in rules for message in rule(line)))
 
 
 def lines(cursor: Cursor) -> list[Line]:
     """The parts that the states of each phase go through."""
     names, found = cursor.passes.names, list[Line]()
     for phase in cursor.passes.agenda.phases:
-        found.append(Line(phase, names[id(phase)], [*cursor.lines[id(phase)], *cursor.run_slots], found))
+        slots = [slot for slot in (*cursor.lines[id(phase)], *cursor.run_slots) if not slot.muted]
+        found.append(Line(phase, names[id(phase)], slots, found))
     return found
 
 

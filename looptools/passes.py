@@ -41,6 +41,10 @@ class Passes:
         self.index = 0  # of the batch that comes next
         self._exact: int | None = None  # iterations of the pass, if that is known,
         self._most: int | None = None  # and how many there may be at most
+        self._set_out_at: tuple[Any, int, int, bool]  # where the source stood before the pass
+        self._done = 0  # passes of the entry before the one under way
+        self.mark: tuple[int, Any, int, int] | None = None  # where it stood before the batch was fetched,
+        self.ready: State | None = None  # and the state that was made of it
 
     def stretch(self) -> None:
         """Measure the whole run, now and when its bounds have changed."""
@@ -56,14 +60,23 @@ class Passes:
 
     def set_out(self, entry: Entry, phase: Phase, seconds: float) -> None:
         """Begin the next pass of *entry*."""
-        source = self.open(entry, phase)
+        source = self.sources[id(phase)]
+        self._set_out_at = _place(source)
+        self.open(entry, phase)
         if not (source.under_way and phase.trains and entry.batches is not None):
             source.begin()
         self.index, self.began, self.began_at = 0, seconds, self.progress.iteration
         self.measure()
 
+    def turn_back(self) -> None:
+        """The pass could not be set out on: as if that had not been tried."""
+        if self.phase is not None:
+            self._source.back_to(*self._set_out_at)
+            self.phase = None
+
     def open(self, entry: Entry, phase: Phase) -> Source:
         """Look at *phase* and its source, wherever in the pass."""
+        self._done, self.mark, self.ready = self.place.done, None, None
         self._source, self._entry, self.phase = self.sources[id(phase)], entry, phase
         self._source.device = _device(phase)
         self.plan = Plan(phase=self.names[id(phase)], trains=phase.trains, round=self.progress.round)
@@ -87,6 +100,8 @@ class Passes:
         Raises:
             RuntimeError: If the source has none.
         """
+        source = self._source
+        self.mark = self.index, source.at_start, source.begun, source.taken
         batch = None
         if skip:
             self._source.skip_failed()
@@ -120,13 +135,42 @@ class Passes:
             del state.last, state.round_last  # found out when they are asked for
         elif state.last:
             del state.round_last
+        self.ready = state
         return state
+
+    def unfetch(self, error: BaseException) -> State | None:
+        """The batch got lost on its way to the cursor, if Ctrl-C struck: the source finds its place again.
+
+        Returns:
+            The state, if it had been made.
+        """
+        if self.mark is not None and self.ready is None and not isinstance(error, Exception):
+            self.index, start, begun, taken = self.mark
+            self._source.back_to(start, begun, taken, under_way=True)
+        return self.ready
+
+    @property
+    def source(self) -> Source:
+        """That of the pass under way, or of the last one."""
+        return self._source
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether only the source can tell where the pass ends."""
+        return self._exact is None
 
     def is_last(self) -> bool:
         """Whether the batch that was fetched last ends the pass; fetches one ahead if only that can tell."""
         if self._exact is not None:
             return self.index == self._exact
-        return self.index == self._most or not self._source.peek()
+        if self.index == self._most:
+            return True
+        place = _place(self._source)
+        try:
+            return not self._source.peek()
+        except KeyboardInterrupt:
+            self._source.back_to(*place)
+            raise
 
     def is_round_last(self) -> bool:
         """Whether the pass under way is the last one of its round."""
@@ -139,14 +183,18 @@ class Passes:
         self._source.skip_failed()
 
     def end(self, state: State) -> None:
-        """The pass is over with *state*: count it."""
+        """The pass is over with *state*: count it. Done once more, it comes to the same."""
         round_last = state.round_last
         if not (self.plan.trains and self._entry.batches is not None):
             self._source.end()
         self.phase = None
-        self.place.done += 1
-        self.progress.epoch += self.plan.trains
-        self.progress.round += round_last
+        self.place.done = self._done + 1
+        self.progress.epoch = state.epoch + 1 if self.plan.trains else self.progress.epoch
+        self.progress.round = self.plan.round + round_last
+
+
+def _place(source: Source) -> tuple[Any, int, int, bool]:
+    return source.at_start, source.begun, source.taken, source.under_way
 
 
 def _device(phase: Phase) -> torch.device | None:

@@ -11,11 +11,12 @@ from torch.nn import Module
 
 from . import html
 from .checks import whole_number
-from .data.sources import check_source, trusted_len
+from .data.given import check_source, trusted_len
 from .middleware.average import average
 from .middleware.forward import forward
 from .options import given, source_of
 from .pipeline import Middleware, check, flatten, fresh, numbered
+from .tracebacks import short
 
 if TYPE_CHECKING:
     from .run import Run
@@ -82,6 +83,7 @@ class Phase:
 
         return workflow([(self, 1)], max_rounds=1)
 
+    @short
     def to_end(self) -> dict[str, float]:
         """Run one pass, and return its means: ``val.to_end()["val/accuracy"]``."""
         return iter(self).to_end()

@@ -19,6 +19,7 @@ from .middleware.freeze import see_who_froze
 from .phases import Phase
 from .pipeline import Middleware, check
 from .state import Progress, State
+from .tracebacks import short_verbs, shorten
 from .training_doubt import training_doubt
 from .warn import warn
 
@@ -42,6 +43,7 @@ class Results(dict[str, float]):
         return dict, (dict(self),)  # copied or pickled, it is plain numbers without their run
 
 
+@short_verbs
 class Run:
     """An iterator over the states of a whole training. Made by `workflow`.
 
@@ -69,9 +71,12 @@ class Run:
         'finished: 2 epochs, 6 iterations'
     """
 
-    def __init__(self, agenda: Agenda, middlewares: tuple[Middleware, ...] = ()) -> None:
+    def __init__(
+        self, agenda: Agenda, middlewares: tuple[Middleware, ...] = (), snapshots: stepping.snapshots | None = None
+    ) -> None:
         self._agenda = agenda
         self._middlewares = middlewares
+        self._snapshots = snapshots
         self._cursor: Cursor | None = None
         self._optimizer: Any = None
         self.progress = Progress()
@@ -83,7 +88,7 @@ class Run:
         if self._cursor is not None:
             raise RuntimeError("run | middleware: this run is built already. Pipe first, or use run.replace(...).")
         check(middleware, "run | middleware")
-        return Run(self._agenda, (*self._middlewares, middleware))
+        return Run(self._agenda, (*self._middlewares, middleware), self._snapshots)
 
     @property
     def cursor(self) -> Cursor:
@@ -92,8 +97,8 @@ class Run:
 
     def _build(self) -> Cursor:
         cursor = Cursor(self, self._agenda, self._middlewares, self.progress)
-        self._cursor = cursor
         try:
+            self._cursor = cursor  # parts ask for it; if Ctrl-C strikes from here on, it is built anew
             checkpoints.look(cursor)
             order.check_order(cursor)
             cursor.unsure = training_doubt(cursor)
@@ -102,6 +107,7 @@ class Run:
                 if hasattr(slot.part, "on_build"):
                     slot.part.on_build(self)
             see_who_froze(cursor)
+            stepping.keep_snapshots(cursor, self._snapshots)
         except BaseException:
             self._cursor = None
             raise
@@ -118,8 +124,12 @@ class Run:
         return self
 
     def __next__(self) -> State:
-        cursor = self._cursor or self._build()
-        return cursor.work(cursor.iterate)
+        try:
+            cursor = self._cursor or self._build()
+            return cursor.work(cursor.iterate)
+        except BaseException as error:
+            shorten(error)
+            raise
 
     def __len__(self) -> int:
         """States of the whole run.
@@ -166,6 +176,7 @@ class Run:
         """Start afresh at the next use: counters, parts' memory, results. Weights stay as they are."""
         if self._cursor is not None:
             self._cursor.require_rest("reset")
+            self._cursor.overcome()
             self._cursor.rest()
         self._cursor = None
         self.progress = Progress()
@@ -246,10 +257,15 @@ class Run:
         """Redo the open iteration from its batch, and return its state.
 
         Raises:
-            RuntimeError: If it cannot be redone any more (the weights have moved); ``next(run)`` goes on then.
+            RuntimeError: If it cannot be redone any more (the weights have moved, and no snapshots are kept);
+                ``next(run)`` goes on then.
+            LookupError: If it is dropped this time, and the run ends.
         """
         stepping.redo(self.cursor)
-        return next(self)
+        state = next(self, None)
+        if state is None:
+            raise LookupError(f"retry: the iteration was dropped this time, and the run is over ({self.ended}).")
+        return state
 
     def skip(self) -> None:
         """Drop the open iteration; ``next(run)`` goes on with the next batch.
@@ -262,7 +278,8 @@ class Run:
     def stages(self) -> Iterator[tuple[str, State]]:
         """Walk through one iteration, or the rest of the open one: yields (name, state) after each part.
 
-        Lazy, as `take` is.
+        Lazy, as `take` is. A part that drops its state takes the next one up to its place at once; what that one went
+        through is told afterwards.
         """
         self._warn_if_over("run.stages()")
         return stepping.Lazily(stepping.stages(self.cursor), "run.stages()", "for name, state in run.stages()")
@@ -279,7 +296,7 @@ class Run:
         """Go on until part *name* has seen a state, and return the state; ``next(run)`` completes it.
 
         Raises:
-            LookupError: If there is no such part, several match, or the run ends first.
+            LookupError: If there is no such part, several match, it is muted, or the run ends first.
         """
         return stepping.after(self.cursor, name)
 
@@ -291,21 +308,168 @@ class Run:
         """
         return stepping.before(self.cursor, name)
 
+    def until(
+        self,
+        when: Callable[[State], Any] | None = None,
+        *,
+        epoch: int | None = None,
+        iteration: int | None = None,
+        before: str | None = None,
+    ) -> State:
+        """Go on until *when* is true of a state, and return it: ``run.until(lambda s: s.grad_norm > 10)``.
+
+        The iteration is complete then; with ``before="update"`` it stops as that part comes next. What *when* reads of
+        a tensor waits for the device, in every iteration.
+
+        Args:
+            when: Asked of every state; what is None on it (no gradient norm in a validation) counts as not yet.
+            epoch: Stop at the first training state of this epoch, counted from 0.
+            iteration: Stop at this training iteration, counted from 0.
+            before: A part, by its full or short name, to stop in front of.
+
+        Raises:
+            LookupError: If the run ends first, or there is no such part.
+            ValueError: If it is behind already (`replay` goes back), or not exactly one is given.
+        """
+        return stepping.until(self.cursor, when, epoch=epoch, iteration=iteration, before=before)
+
+    def until_nonfinite(self, *, before: str | None = None) -> State:
+        """Go on until a loss, metric, gradient norm, gradient or weight is nan or infinite, and return that state.
+
+        With ``before="update"`` before the optimizer has moved. The device is read once an iteration. Gradients under a
+        GradScaler are left to it. `nonfinite` says what it was.
+
+        Raises:
+            LookupError: If the run ends first.
+        """
+        return stepping.until_nonfinite(self.cursor, before=before)
+
+    def nonfinite(self) -> dict[str, float]:
+        """What is nan or infinite in the open iteration, or the last one, by name. Waits for the device."""
+        return stepping.nonfinite(self.cursor)
+
+    def back(self, n: int = 1) -> None:
+        """Go *n* iterations back, to the bit: ``next(run)`` then does them again. An open one is dropped first.
+
+        Counted as ``next(run)`` counts, in states of all phases. From the nearest snapshot on it is computed again.
+
+        Raises:
+            RuntimeError: If no snapshots are kept: ``lt.workflow(..., snapshots=lt.snapshots())``.
+            LookupError: If the oldest snapshot is newer than that.
+        """
+        stepping.back(self, n)
+
+    def replay(self, iteration: int) -> None:
+        """Go back to just before training iteration *iteration*, to the bit: ``next(run)`` does it again.
+
+        Raises:
+            RuntimeError: As for `back`.
+            LookupError: As for `back`, or if the iteration is still to come.
+        """
+        stepping.replay(self, iteration)
+
+    @property
+    def snapshots(self) -> stepping.Ring | None:
+        """The snapshots that are kept: their iterations and their size; None if none are."""
+        return stepping.ring(self.cursor)
+
     def replace(self, *what: Any) -> None:
         """Swap a part or a step: ``run.replace("clip_grad_norm", part)``, or ``run.replace(classify)`` by its name.
 
         A step of another name: ``run.replace("classify", classify_better)``.
 
-        Memory stays with the name.
+        Memory stays with the name if the class is the same.
 
         Raises:
             LookupError: If there is no such part.
+            ValueError: If the order would not be right; nothing has changed then. So too for the verbs below.
         """
         stepping.replace(self.cursor, *what)
 
+    def insert(self, part: Middleware, *, before: str | None = None, after: str | None = None) -> None:
+        """Put one more part into the pipe, before or behind the one that is named: between any two iterations or parts.
+
+        Raises:
+            LookupError: If there is no such part, or several match.
+        """
+        stepping.insert(self.cursor, part, before=before, after=after)
+
+    def remove(self, name: str) -> None:
+        """Take the part called *name* out of the pipe, for good.
+
+        Raises:
+            LookupError: If there is no such part, or several match.
+        """
+        stepping.remove(self.cursor, name)
+
+    def mute(self, name: str, on: bool = True) -> None:
+        """Have states pass by the part called *name*, until ``run.mute(name, False)``. It keeps what it remembers.
+
+        Raises:
+            LookupError: If there is no such part, or several match.
+        """
+        stepping.mute(self.cursor, name, on)
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """What was replaced, inserted, removed or muted, and at which iteration; saved in checkpoints."""
+        return stepping.changes(self.cursor)
+
     def explain(self) -> None:
-        """Print the resolved pipe: every part with its name and options, in the order in which they run."""
+        """Print the resolved pipe: every part with its options and what it ``reads -> writes`` on the state.
+
+        Below stand the changes made since it was built, and doubts about the order with their cures.
+        """
         print(stepping.explain(self.cursor))
+
+    def simulate(self) -> stepping.Simulation:
+        """Walk through the whole workflow without model and data: phases, learning rates, logs, checkpoints.
+
+        Returns:
+            A `Simulation`: printed it is a table; ``.plot()`` draws it (extra: ``plot``).
+
+        Raises:
+            RuntimeError: If an iteration is open.
+            TypeError: If a training source has no length, unless max_iterations alone bounds the run.
+        """
+        return stepping.simulate(self)
+
+    def trace(self) -> stepping.Trace:
+        """Do one iteration, or the rest of the open one, and say what each part did and how long it took.
+
+        Returns:
+            A `Trace`: printed it is a table. It waits for the device at each part.
+
+        Raises:
+            LookupError: If the run is over.
+        """
+        return stepping.trace(self)
+
+    @property
+    def ledger(self) -> stepping.Ledger:
+        """Counts by which parts and lines the device is waited for, from when it is first asked for.
+
+        ``with run.ledger:`` counts your own loop's body, too; ``.stop()`` ends it, ``.reset()`` begins anew.
+        """
+        return stepping.ledger(self.cursor)
+
+    def fork(
+        self, n: int | None = None, /, *, folders: Iterable[str | Path] | None = None, **options: Any
+    ) -> tuple[Run, ...]:
+        """Make independent runs that go on from here: ``a, b = run.fork(lr=[1e-3, 3e-4])``, or ``run.fork(2)``.
+
+        Each has its own weights, optimizers, place in the data and random generators. Parts that write files are muted,
+        unless *folders* gives each run one.
+
+        Args:
+            n: How many; left out, as many as an option has values.
+            folders: One for each run.
+            options: Options of the param groups, a value for each run.
+
+        Raises:
+            RuntimeError: If an iteration is open, or a step, part or closure holds the original model.
+        """
+        return stepping.fork(self, n, folders, options)
 
     def validate(self, phase: Phase) -> dict[str, float]:
         """Run one pass of *phase* here and now: before training, or on demand between two iterations.
@@ -370,7 +534,9 @@ class Run:
         seconds = round(cursor.seconds - cursor.passes.began, 3)
         trained = cursor.progress.iteration + state.trains  # counted at the boundary that follows
         facts |= {"round": cursor.progress.round, "iterations": state.index + 1, "trained": trained, "seconds": seconds}
-        self.history.append({**facts, **means, **facts})  # facts come first, and win over a metric of the same name
+        made = checkpoints.take_untold(cursor)
+        told = {"changes": made} if made and "changes" not in means else {}
+        self.history.append({**facts, **means, **facts, **told})  # facts come first, and win over a metric of the name
 
     def total(self, by: str, optimizer: Optimizer | None = None, epochs: int | None = None) -> int | None:
         """How many updates (of *optimizer*), iterations or epochs the whole run has, or its first *epochs*.
@@ -426,6 +592,7 @@ def workflow(
     max_epochs: int | None = None,
     max_iterations: int | None = None,
     max_rounds: int | None = None,
+    snapshots: stepping.snapshots | None = None,
 ) -> Run:
     """Make a run that walks through *entries* again and again, until training is done.
 
@@ -438,6 +605,7 @@ def workflow(
         max_epochs: Training passes of the whole run.
         max_iterations: Training iterations of the whole run.
         max_rounds: Walks through the entries.
+        snapshots: ``lt.snapshots(every=50, keep=4)`` for `Run.back`, `Run.replay` and exact rollback of failures.
 
     Raises:
         ValueError: If the run could never end, or a source is empty.
@@ -450,4 +618,4 @@ def workflow(
         >>> [f"{state.phase} {state.epoch}" for state in lt.workflow([(train, 1), (val, 1)], max_epochs=2)]
         ['train 0', 'train 0', 'val 0', 'train 1', 'train 1', 'val 1']
     """
-    return Run(agenda(entries, max_epochs, max_iterations, max_rounds))
+    return Run(agenda(entries, max_epochs, max_iterations, max_rounds), (), stepping.require_snapshots(snapshots))

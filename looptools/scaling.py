@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from weakref import WeakKeyDictionary, ref
 
 import attrs
@@ -82,6 +82,26 @@ def forget_dropped(scaler: GradScaler, state: State) -> None:
     unscaled = _unscaled.get(scaler)
     if state.dropped and unscaled is not None and unscaled.state() is state:
         _change(scaler)
+
+
+def noted(scaler: GradScaler) -> Callable[[], None]:
+    """Note who waits for a step now: returns what puts that back."""
+    held = _unscaled.get(scaler)
+    before = None if held is None else (held.state, list(held.optimizers), list(held.waiting))
+
+    def put_back() -> None:
+        _unscaled.pop(scaler, None)
+        if before is not None:
+            state, optimizers, waiting = before
+            _unscaled[scaler] = _Unscaled(state, list(optimizers), list(waiting))
+
+    return put_back
+
+
+def forget(scaler: GradScaler) -> None:
+    """The iteration that is open is given up: nothing is unscaled, and nobody waits for a step."""
+    _unscaled.pop(scaler, None)
+    scaler._per_optimizer_states.clear()
 
 
 def _change(scaler: GradScaler) -> None:

@@ -16,7 +16,7 @@ from .sinks import FACTS
 if TYPE_CHECKING:
     from .run import Run
 
-NO_METRIC = {*FACTS, "round", "iterations", "on_demand"}  # the last three are facts of run.history
+NO_METRIC = {*FACTS, "round", "iterations", "on_demand", "changes"}  # the last four are facts of run.history
 
 
 @attrs.frozen(eq=False)

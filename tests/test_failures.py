@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import looptools as lt
-from looptools.failures import ADVICE, Failed, advise, contents
+from looptools.failures import ADVICE, Failed, add_notes, advise, contents
 
 
 def notes_of(step, batch, model=None, part="forward"):
@@ -312,3 +313,149 @@ def test_the_last_note_names_the_verbs_that_help_there(model, sgd, batches, fail
 
     assert said in caught.value.__notes__[-1]
     assert unsaid not in caught.value.__notes__[-1]
+
+
+# What cannot be undone
+
+
+def planted(*_, **__):
+    raise ValueError("planted")
+
+
+def raises_in_backward(loss):
+    """A loss whose graph fails half way."""
+    loss = loss * 1
+    loss.register_hook(planted)
+    return loss
+
+
+class Own:
+    """A user's part."""
+
+    def __call__(self, states):
+        for state in states:
+            planted()
+            yield state
+
+
+def own(states):
+    for state in states:
+        planted()
+        yield state
+
+
+def half_done(name, monkeypatch):
+    """A run over a model with or without BatchNorm, that has failed in the middle of the part called *name*."""
+    norm = [nn.BatchNorm1d(2)] if "norm" in name else []
+    model = nn.Sequential(nn.Linear(3, 2), *norm)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    averaged, batch_at = torch.optim.swa_utils.AveragedModel(model), []
+    scheduler = torch.optim.lr_scheduler.ConstantLR(sgd)
+
+    def step(model, batch):
+        loss = model(batch).pow(2).mean()
+        batch_at.append(batch)
+        if "forward" in name:
+            planted()
+        in_window = "window" not in name or len(batch_at) > 1
+        return raises_in_backward(loss) if "backward" in name and in_window else loss
+
+    optimize = lt.optimize(sgd, max_norm=1.0, accumulate=2 if "window" in name else 1)
+    parts = {
+        "ema": lt.ema(averaged),
+        "swa": lt.swa(averaged, start=1, every=1),
+        "class": Own(),
+        "generator": own,
+    }
+    phase = lt.train(model, [torch.randn(4, 3)] * 2, step)
+    if "schedule" in name:
+        phase = phase | lt.schedule_lr(sgd, scheduler, by="iteration")
+        scheduler.step = planted
+    if "closure" in name:
+        phase = phase | lt.update_by_closure(sgd, gradients_first="first" in name)
+    elif "before" in name:
+        phase = phase | own | optimize
+    else:
+        phase = phase | optimize
+    for part in [part for kind, part in parts.items() if kind in name.split()]:
+        phase = phase | part
+    if "update" in name or "closure" in name:
+        sgd.step = lambda closure=None: planted()
+    if "clip" in name:
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", planted)
+    monkeypatch.setattr(averaged, "update_parameters", planted)
+    run = lt.workflow([(phase, 1)], max_epochs=2)
+    if "average" in name:
+        monkeypatch.setattr(run, "record", planted)
+    with pytest.raises(ValueError, match="planted") as caught:
+        run.to_end()
+    return run, "\n".join(caught.value.__notes__)
+
+
+TWICE = "the model's buffers (BatchNorm statistics) then take this batch in twice"
+UNDONE = "What it did before it failed cannot be undone: "
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "said", "unsaid"),
+    [
+        ("forward", "forward", "", UNDONE),
+        ("forward norm", "forward", f"{UNDONE}the model's buffers (BatchNorm statistics) may have taken", TWICE),
+        ("backward", "backward", "", UNDONE),
+        ("backward norm", "backward", f"next(run) and run.retry() call the step again: {TWICE}", UNDONE),
+        ("backward window", "backward", f"{UNDONE}part of this batch's gradients may be in the open window", TWICE),
+        ("clip", "clip_grad_norm", f"{UNDONE}some of the gradients may be smaller already", TWICE),
+        ("clip norm", "clip_grad_norm", f"run.retry() calls the step again: {TWICE}", "next(run) and"),
+        ("update", "update", f"{UNDONE}some of the weights may have moved already", TWICE),
+        ("update norm", "update", f"{UNDONE}some of the weights may have moved already", TWICE),
+        ("closure", "update_by_closure", f"{UNDONE}the optimizer's own memory may have moved", "buffers"),
+        (
+            "closure norm",
+            "update_by_closure",
+            f"{UNDONE}the model's buffers (BatchNorm statistics) may have",
+            "rolled back",
+        ),
+        ("ema", "ema", f"{UNDONE}some of the averaged weights may have moved", TWICE),
+        ("swa", "swa", f"{UNDONE}some of the averaged weights may have moved", TWICE),
+        ("schedule", "schedule_lr", f"{UNDONE}torch's scheduler may have counted this step already", TWICE),
+        ("average", "average", f"{UNDONE}this batch may be in the means of the pass already", TWICE),
+        ("class", "Own", "train/Own is your own: what it had changed before it failed stays changed", UNDONE),
+        ("generator", "own", "train/own is your own: what it had changed before it failed stays changed", UNDONE),
+        ("before norm", "own", f"run.retry() calls the step again: {TWICE}", "next(run) and"),
+    ],
+)
+def test_without_snapshots_a_note_says_what_cannot_be_undone(name, part, said, unsaid, monkeypatch):
+    """Each part that changes something in the middle, and what a second forward would do; of your own: that it is."""
+    run, notes = half_done(name, monkeypatch)
+
+    assert run.failed.part == f"train/{part}"
+    assert said in notes
+    assert unsaid not in notes
+
+
+@pytest.mark.parametrize("name", ["forward norm", "update", "class"])
+def test_with_a_snapshot_it_is_said_to_be_undone(name, monkeypatch):
+    """Nothing is left behind then."""
+    run, _ = half_done(name, monkeypatch)
+    slot, error = run.cursor.line[run.cursor.at], RuntimeError()
+
+    add_notes(Failed(slot.name, run.failed.state, error), [], run.progress, slot, rolled_back=True)
+
+    assert error.__notes__[1:] == ["It was rolled back to where the iteration had only its batch."]
+
+
+def test_an_exception_that_takes_no_notes_is_raised_all_the_same(model):
+    """A frozen data class cannot be changed, but it is what the user raised."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Exception):
+        code: int
+
+    def step(model, batch):
+        raise Frozen(3)
+
+    run = iter(lt.train(model, [torch.ones(1)], step))
+    with pytest.raises(Frozen):
+        next(run)
+
+    assert run.failed.exception.code == 3

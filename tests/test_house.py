@@ -26,8 +26,8 @@ ROOMS = [
     ("__init__.py",),
     ("run.py",),
     ("curves.py", "trainings.py"),
-    ("trials/", "stepping/", "checkpoints/", "order.py", "training_doubt.py"),
-    ("cursor.py", "failures.py", "passes.py", "agenda.py"),
+    ("trials/", "stepping/", "checkpoints/", "order.py", "spent_sources.py", "training_doubt.py"),
+    ("cursor.py", "failures.py", "redefined.py", "passes.py", "agenda.py"),
     ("phases.py",),
     ("middleware/",),
     ("links.py",),
@@ -35,7 +35,7 @@ ROOMS = [
     ("scaling.py", "weighing.py"),
     ("gradients.py",),
     ("figures.py", "options.py", "plain.py", "modes.py", "devices.py", "generators.py", "interrupts.py", "checks.py"),
-    ("warn.py",),
+    ("warn.py", "tracebacks.py"),
     ("state.py", "html.py", "means.py"),
 ]
 UPWARD = {("phases.py", "run.py"): "a phase that is iterated alone is a run of one pass"}
@@ -244,8 +244,9 @@ def test_the_core_can_be_read_in_one_sitting():
             bool(line.strip()) and not line.strip().startswith("#") and n not in docs for n, line in enumerate(text, 1)
         )
 
-    core = ["state.py", "pipeline.py", "phases.py", "cursor.py", "links.py", "passes.py"]
-    assert sum(map(code_lines, core)) < 700
+    core = ["state.py", "pipeline.py", "phases.py", "cursor.py"]
+    assert sum(map(code_lines, core)) < 600
+    assert sum(map(code_lines, [*core, "links.py", "passes.py"])) < 800  # what was split off the cursor
     assert max(map(code_lines, TREES)) < 300
 
 

@@ -444,3 +444,17 @@ def test_the_same_doubt_is_said_of_each_run(model, sgd, batches):
             next(lt.workflow([(phase, 1)], max_epochs=1) | lt.log(line=None) | lt.timer())
 
     assert [warning.filename for warning in caught] == [__file__] * 2
+
+
+def test_what_is_refused_can_be_asked_for_at_any_time(p):
+    """Of the pipe as it is by then; parts that are muted do not count."""
+    run = lt.workflow([(p.train | p.optimize | lt.ema(AveragedModel(p.model)), 1)], max_epochs=1)
+    assert (order.refusals(run.cursor), order.doubts(run.cursor)) == ([], [])
+
+    (line,) = run.cursor.lines.values()
+    line.insert(1, line.pop(3))  # ema, before backward
+    (refused,) = order.refusals(run.cursor)
+    assert refused.startswith("ema: train/ema stands before train/update, so it would lag an update behind.")
+
+    line[1].muted = True
+    assert order.refusals(run.cursor) == []

@@ -92,3 +92,19 @@ def test_the_page_on_checkpoints_runs(tmp_path, monkeypatch):
     assert names["file"].name == "epoch_0000-iteration_000040.pt"
     assert names["run"].ended == "finished: 2 epochs, 90 iterations"
     assert "best.pt" in out.getvalue()
+
+
+def test_the_page_on_stepping_runs(tmp_path, monkeypatch):
+    """Pasted one after another into an empty folder; going back changes no bit, and the crash comes again."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "stepping.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(block, names)
+
+    assert "\nTrue\n" in out.getvalue()
+    assert "\nNone\n" in out.getvalue()
+    assert "<Divergence at iteration 0" in out.getvalue()
+    assert names["state"].iteration == 40

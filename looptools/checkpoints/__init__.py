@@ -2,13 +2,14 @@
 
 from ..archives.files import require_folder
 from ..cursor import Cursor
+from .changes import take_untold
 from .fingerprint import note_seed
 from .inventory import inventory, only, require_owners
 from .memory import note_parts
 from .resume import resume
 from .save import Saver, save, saver
 
-__all__ = ["Saver", "inventory", "look", "only", "require_folder", "resume", "save", "saver"]
+__all__ = ["Saver", "inventory", "look", "only", "require_folder", "resume", "save", "saver", "take_untold"]
 
 
 def look(cursor: Cursor) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,15 @@ def _reach(thing: Any) -> Iterator[tuple[str, Any]]:
                 yield word, cell.cell_contents
             except ValueError:  # not filled yet
                 continue
-        yield from ((word, thing.__globals__[word]) for word in thing.__code__.co_names if word in thing.__globals__)
+        space = thing.__globals__
+        yield from ((word, space[word]) for word in globals_in(thing.__code__) if word in space)
     elif not attrs.has(type(thing)) and not isinstance(thing, type):
         yield from getattr(thing, "__dict__", {}).items()
+
+
+@functools.lru_cache(512)
+def globals_in(code: types.CodeType) -> tuple[str, ...]:
+    """Names of the globals that some code reads, and the functions in it; attributes of the same name do not count."""
+    reads = [str(one.argval) for one in dis.get_instructions(code) if one.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inner = [word for part in code.co_consts if isinstance(part, types.CodeType) for word in globals_in(part)]
+    return tuple(dict.fromkeys([*reads, *inner]))

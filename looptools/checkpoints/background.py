@@ -34,6 +34,11 @@ class Buffers:
     def __init__(self) -> None:
         self._kept: dict[tuple[int, bool], list[UntypedStorage]] = {}  # by size, and whether it is pinned
 
+    @property
+    def bytes(self) -> int:
+        """Size of all of it."""
+        return sum(size * len(storages) for (size, _), storages in self._kept.items())
+
     def copy(self, tree: T) -> T:
         """A copy of plain containers with everything in them, in the memory that the one before had.
 

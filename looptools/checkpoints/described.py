@@ -10,6 +10,7 @@ import torch
 from ..archives.contents import Contents, Outline, shown
 
 MOST_KEYS = 8  # of a group that are listed
+MOST_LINES = 12  # of a traceback, its last
 KEPT_APART = ("models", "optimizers", "scalers", "schedulers", "parts")  # groups with a name for each member
 
 Row = tuple[str, str]  # a word on the left, what is said of it
@@ -30,6 +31,9 @@ def what_it_is(contents: Contents) -> str:
         return f"{word}: {_count(contents.tensors, 'tensor')} of {size(contents.stored)}" if contents.tensors else word
     run = _mapping(tree["run"])
     number, owner = shown(run.get("number", "?"), 12), shown(run.get("id", ""), 11)
+    crash = _mapping(tree.get("crash"))
+    if crash:
+        return f"left by a flight recorder of run {owner}: {_wrong(crash)} before {progress(tree)}"
     return f"checkpoint {number} of run {owner}: {progress(tree)}"
 
 
@@ -53,9 +57,30 @@ def rows(contents: Contents) -> list[Row]:
     tree = contents.tree
     found: list[Row] = []
     if is_checkpoint(tree):
+        found += _crash(_mapping(tree.get("crash"))) if tree.get("crash") else ()
         found += _of_the_run(tree)
     found += _groups(tree)
     return [*found, ("in all", f"{_count(contents.tensors, 'tensor')}, {size(contents.stored)} stored")]
+
+
+def _wrong(crash: Mapping[str, Any]) -> str:
+    """What a flight recorder has seen."""
+    words = [crash.get("nonfinite"), crash.get("error") and f"{crash['error']} in {crash.get('part')}"]
+    return shown("; ".join(str(word) for word in words if word) or "?", 200)
+
+
+def _crash(crash: Mapping[str, Any]) -> Iterator[Row]:
+    """What was wrong, in the file of a flight recorder."""
+    yield "wrong", _wrong(crash)
+    where = [f"{key} {shown(crash.get(key), 20)}" for key in ("phase", "epoch", "iteration", "index")]
+    yield "in", ", ".join(where) + ("" if crash.get("open") else ", as its batch was fetched")
+    if crash.get("batch"):
+        lost = crash.get("batch_lost")
+        yield "batch", shown(crash["batch"], 200) + (f"; not saved: {shown(lost, 200)}" if lost else "")
+    versions = [(name, version) for name, version in _first(crash.get("versions")) if version]
+    yield "versions", ", ".join(f"{shown(name, 20)} {shown(version, 40)}" for name, version in versions)
+    for number, line in enumerate(str(crash.get("traceback", "")).splitlines()[-MOST_LINES:]):
+        yield ("" if number else "traceback"), shown(line.rstrip(), 200)
 
 
 def _of_the_run(tree: Mapping[str, Any]) -> Iterator[Row]:
@@ -76,6 +101,7 @@ def _of_the_run(tree: Mapping[str, Any]) -> Iterator[Row]:
         yield f"best {shown(metric)}", f"{shown(_rounded(facts.get('value')), 20)} in {shown(facts.get('file'))}"
     yield "written by", f"torch {shown(tree.get('torch', '?'))}, format {shown(tree.get('format'), 20)}"
     yield from _pipe(tree)
+    yield from _changes(tree)
     yield from _fingerprint(_mapping(tree.get("fingerprint")))
     kinds = ", ".join(_generators(_mapping(tree.get("generators"))))
     yield "generators", kinds or "none"
@@ -93,6 +119,19 @@ def _pipe(tree: Mapping[str, Any]) -> Iterator[Row]:
         yield ("pipe" if number == 1 else ""), f"{number:>2} {shown(name)}{f'({given})' if given else ''}"
     if len(names) > 100:
         yield "", f"and {len(names) - 100} more"
+
+
+def _changes(tree: Mapping[str, Any]) -> Iterator[Row]:
+    """What was changed of the pipe by hand, the newest in the end, and what is muted."""
+    made = _mapping(tree.get("changes")).get("made")
+    made = [change for change in made if isinstance(change, Mapping)] if isinstance(made, list) else []
+    for number, change in enumerate(made[-20:]):
+        facts = {"iteration": 20, "verb": 20, "part": 80, "what": 200}
+        iteration, verb, part, what = (shown(change.get(key, "?"), most) for key, most in facts.items())
+        yield ("" if number else "changed by hand"), f"iteration {iteration}: {verb} {part}: {what}"
+    names = [shown(name, 80) for name, _ in _first(tree.get("muted"))]
+    if names:
+        yield "muted", ", ".join(names)
 
 
 def _fingerprint(facts: Mapping[str, Any]) -> Iterator[Row]:

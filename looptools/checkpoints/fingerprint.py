@@ -14,6 +14,7 @@ from ..cursor import Cursor
 from ..data.sources import Source
 from ..options import given
 from ..pipeline import name_of
+from .changes import by_hand, lacking
 from .inventory import inventory
 
 WORDS = ("data", "batch_size", "world_size", "seed", "pipe")  # what can be accepted
@@ -110,7 +111,7 @@ def differences(cursor: Cursor, tree: Mapping[str, Any]) -> list[Difference]:
     saved, here = ([name for name in names if name not in looking] for names in (tree["pipe"], pipe(cursor)))
     found = []
     if saved != here:
-        found.append(Difference(f"the pipe: {_of_names(saved, here)}", "pipe"))
+        found.append(Difference(f"the pipe: {_of_names(saved, here, tree)}", "pipe"))
     if tree.get("workflow", workflow(cursor)) != workflow(cursor):
         both = (", ".join(map(_entry, entries)) for entries in (tree["workflow"], workflow(cursor)))
         found.append(Difference("the workflow: saved {}; here {}".format(*both), "pipe"))
@@ -139,10 +140,10 @@ def _both(then: Mapping[str, Any], now: Mapping[str, Any], key: str) -> tuple[An
     return values if None not in values and values[0] != values[1] else None
 
 
-def _of_names(saved: list[str], here: list[str]) -> str:
+def _of_names(saved: list[str], here: list[str], tree: Mapping[str, Any]) -> str:
     lost, new = [name for name in saved if name not in here], [name for name in here if name not in saved]
     both = [("in the file only ", lost), ("here only ", new)]
-    words = [word + ", ".join(names) for word, names in both if names]
+    words = [word + ", ".join(name + by_hand(tree, name) for name in names) for word, names in both if names]
     return "; ".join(words) or f"the order: saved {', '.join(saved)}; here {', '.join(here)}"
 
 
@@ -164,6 +165,7 @@ def said(cursor: Cursor, tree: Mapping[str, Any], fresh: Container[str] = ()) ->
     moved = {name.removesuffix("/options") for name in tree.get("held", {})}  # by the part itself: they are set back
     changed = [n for n in now if n in then and n not in looking and n not in moved and then[n] != now[n]]
     found = [f"{name}: ({then[name]}) saved, ({now[name]}) here" for name in changed]
+    found += lacking(cursor, tree)
     stretched = any(getattr(slot.part, "needs_horizon", False) for slot in cursor.slots)
     for name, bound in bounds(cursor).items():
         before = tree.get("bounds", {}).get(name, bound)

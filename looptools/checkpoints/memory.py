@@ -93,6 +93,28 @@ def memories(cursor: Cursor) -> dict[str, dict[str, Any]]:
     return found
 
 
+def forget_changes(cursor: Cursor) -> None:
+    """Give all objects of plain classes the attributes that they had when the run was built."""
+    noted: dict[str, Before] = vars(cursor).get(NOTED, {})
+    for thing, before in noted.values():
+        for name, value in _open(thing).items():
+            if name not in before:
+                delattr(thing, name)
+            elif not _same(before[name], value):
+                setattr(thing, name, _as_it_was(before[name]))
+
+
+def _as_it_was(before: Any) -> Any:
+    if isinstance(before, _Seen):
+        vars(before.thing).update(before.plain)
+        return before.thing
+    if type(before) is dict:
+        return {key: _as_it_was(item) for key, item in before.items()}
+    if type(before) in (list, tuple):
+        return type(before)(map(_as_it_was, before))
+    return _copied(before)
+
+
 def memory(part: Any) -> dict[str, Any]:
     """What a part says that it remembers: its ``state_dict()``, or its attrs fields that are neither options nor begin
     with an underscore.

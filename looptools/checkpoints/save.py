@@ -124,7 +124,8 @@ class Saver:
             RuntimeError: If another process writes into it.
         """
         self._wait_for_others()
-        require_own(self.folder, self._cursor.resumed_from)
+        if read_manifest(self.folder).run != identity(self._cursor).id:  # else a part that was taken out has begun it
+            require_own(self.folder, self._cursor.resumed_from)
         hold(self._cursor, self.folder)
         remove_leftovers(self.folder)
         resumed = self._cursor.resumed_from
@@ -159,6 +160,12 @@ class Saver:
             self._count_on(job)
         self._judged = boundary
         return None if only_best else job.path
+
+    def go_back(self) -> None:
+        """The run stands at an earlier boundary: what comes now is judged and saved anew."""
+        self._judged = self._trained = None
+        if self._newest is not None:
+            self._newest = self._newest[0], ()
 
     @property
     def trained(self) -> int | None:

@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 from ..agenda import Place
 from ..cursor import Cursor
 from ..generators import get_generator, get_generators, set_generator, set_generators
+from ..links import Slot
 from ..middleware.freeze import is_ours
 from ..phases import Phase
 from ..plain import require_plain
 from ..warn import warn
 from .around import generators_around
 from .beside import loose_gradients, put_gradients, tell_of_optimizers
+from .changes import interrupted, kept_changes, muted, take_up_changes
 from .fingerprint import bounds, fingerprint, lookers, options, pipe, said, workflow
 from .fit import batch_sizes, index_here, kinds, misfits, obstacles, stateful
 from .identity import identity, resume_identity
@@ -32,19 +34,20 @@ FORMAT = 2
 FORMATS = (1, 2)  # that can be read; 1 has no passes under way and no fingerprint
 
 
-def capture(run: Run, *, best: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+def capture(run: Run, *, best: dict[str, dict[str, Any]] | None = None, who: str = "checkpoint") -> dict[str, Any]:
     """The run's state at a boundary. Tensors are not copied.
 
     Args:
         run: The run.
         best: What ``run.best`` will be once this is saved; None for what it is.
+        who: What errors begin with.
 
     Raises:
         TypeError: If something in it could not be loaded again, by name of its part and field.
         ValueError: If an optimizer moves a parameter that no model of the run holds.
     """
     cursor = run.cursor
-    require_owners(cursor, "save")
+    require_owners(cursor, "save" if who == "checkpoint" else who)
     found = inventory(cursor)
     tell_of_optimizers(cursor, found)
     progress = attrs.asdict(cursor.progress, filter=lambda field, _: field.name != "updates")
@@ -60,6 +63,8 @@ def capture(run: Run, *, best: dict[str, dict[str, Any]] | None = None) -> dict[
         "stopping": cursor.stopping,
         "pipe": pipe(cursor),
         "lookers": lookers(cursor),
+        "muted": muted(cursor),
+        "changes": kept_changes(cursor),
         "options": options(cursor),
         "workflow": workflow(cursor),
         "bounds": bounds(cursor),
@@ -82,7 +87,7 @@ def capture(run: Run, *, best: dict[str, dict[str, Any]] | None = None) -> dict[
     }
     for kind, things in held.items():
         tree[kind] = {name: thing.state_dict() for name, thing in things.items()}
-    require_plain(tree, "checkpoint")
+    require_plain(tree, who)
     return tree
 
 
@@ -123,33 +128,49 @@ def restore(run: Run, tree: dict[str, Any], accept: Iterable[str] = ()) -> None:
             f"otherwise.\n{listed}"
         )
     try:
-        _stand(cursor, tree)
-        for slot in cursor.slots:
-            if slot.name in tree["parts"]:
-                remember(slot.part, tree["parts"][slot.name])
-        remember_held(cursor, tree.get("held", {}))
-        for key, source in cursor.passes.sources.items():
-            if cursor.passes.names[key] in tree["sources"]:
-                source.load_state_dict(tree["sources"][cursor.passes.names[key]])
-        _load(cursor, tree)
-        run.results.clear()
-        run.results.update(tree["results"])
-        run.history, run.best = list(tree["history"]), dict(tree["best"])
-        cursor.stopping = tree["stopping"]  # a run that was stopped stays so, until it is extended
-        for slot in cursor.line:
-            if hasattr(slot.part, "on_resume"):
-                slot.part.on_resume(run)
+        take_up_changes(cursor, tree)
+        apply(run, tree)
         resume_identity(cursor, tree)
-        _set_around(cursor, tree.get("around", {}))
-        set_generators(tree["generators"])
     except BaseException as error:
         run.reset()  # its parts are made anew
         error.add_note("resume: the run is as if new, but for weights and optimizers, which may be loaded already.")
         raise
 
 
-def _stand(cursor: Cursor, tree: dict[str, Any]) -> None:
-    """Have counters, workflow and pass stand where they stood."""
+def apply(run: Run, tree: dict[str, Any]) -> None:
+    """Put the run where `capture` was called; what *tree* holds may be changed by what the run does then.
+
+    Args:
+        run: One that has not begun, or that rests and has no iteration open.
+        tree: What fits it.
+    """
+    cursor = run.cursor
+    within = _stand(cursor, tree)
+    for slot in cursor.slots:
+        if slot.name in tree["parts"]:
+            remember(slot.part, tree["parts"][slot.name])
+    remember_held(cursor, tree.get("held", {}))
+    for key, source in cursor.passes.sources.items():
+        if cursor.passes.names[key] in tree["sources"]:
+            source.load_state_dict(tree["sources"][cursor.passes.names[key]])
+    _load(cursor, tree)
+    run.results.clear()
+    run.results.update(tree["results"])
+    run.history, run.best = list(tree["history"]), dict(tree["best"])
+    cursor.stopping = tree["stopping"]  # a run that was stopped stays so, until it is extended
+    for slot in within:
+        if hasattr(slot.part, "on_resume"):
+            slot.part.on_resume(run)
+    _set_around(cursor, tree.get("around", {}))
+    set_generators(tree["generators"])
+
+
+def _stand(cursor: Cursor, tree: dict[str, Any]) -> list[Slot]:
+    """Have counters, workflow and pass stand where they stood.
+
+    Returns:
+        The parts that have the beginning of the pass under way behind them; also those that were muted since.
+    """
     progress, passes = dict(tree["progress"]), cursor.passes
     updates, optimizers = progress.pop("updates"), inventory(cursor).optimizers
     for name, value in progress.items():
@@ -157,9 +178,10 @@ def _stand(cursor: Cursor, tree: dict[str, Any]) -> None:
     cursor.began = cursor.progress.seconds  # else what is due every n seconds would be due at once
     cursor.progress.updates = {optimizers[name]: n for name, n in updates.items() if n and name in optimizers}
     passes.place = _place(cursor, tree)
+    passes.phase, cursor.line = None, []
     where = tree.get("pass")
     if where is None:
-        return
+        return []
     sizes = batch_sizes(cursor, tree, where)
     if sizes is not None:
         place = {key: value for key, value in tree["sources"][where["phase"]].items() if key != "ahead"}
@@ -170,9 +192,11 @@ def _stand(cursor: Cursor, tree: dict[str, Any]) -> None:
     passes.index, passes.began, passes.began_at = index_here(cursor, tree, where), where["began"], where["began_at"]
     passes.measure()
     cursor.line_up(entry.phase)
-    for slot in cursor.line:  # before they get their memory, which it begins anew
+    within = [*cursor.line, *interrupted(cursor, entry.phase, tree)]
+    for slot in within:  # before they get their memory, which it begins anew
         if hasattr(slot.part, "on_pass") and not hasattr(slot.part, "on_resume"):
             slot.part.on_pass(cursor.run)
+    return within
 
 
 def _place(cursor: Cursor, tree: Mapping[str, Any]) -> Place:
@@ -203,7 +227,7 @@ def _load(cursor: Cursor, tree: Mapping[str, Any]) -> None:
         for key, value in tree.get("buffers", {}).get(name, {}).items():
             if key in buffers and buffers[key].shape == value.shape:
                 buffers[key].copy_(value)
-    _freeze(found, tree.get("frozen", {}))
+    _freeze(found, tree.get("frozen", {}), cursor.started)
     put_gradients(found, tree.get("gradients", {}))
     for optimizer in cursor.progress.updates:  # torch's schedulers warn if it has not stepped in this process
         optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -239,7 +263,7 @@ def _frozen(found: Inventory) -> dict[str, list[str]]:
     }
 
 
-def _freeze(found: Inventory, frozen: Mapping[str, Iterable[str]]) -> None:
+def _freeze(found: Inventory, frozen: Mapping[str, Iterable[str]], begun: bool) -> None:
     """Have the parameters ask for gradients as they did, which a function of the workflow may have changed."""
     here = _frozen(found)
     for word in frozen.keys() & here.keys():
@@ -247,7 +271,7 @@ def _freeze(found: Inventory, frozen: Mapping[str, Iterable[str]]) -> None:
         for name, parameter in found.modules[word].named_parameters():
             if name in changed:
                 parameter.requires_grad_(name not in frozen[word])
-        if changed:
+        if changed and not begun:
             warn(
                 f"resume: requires_grad of {len(changed)} parameters of {word} was another one when it was saved "
                 f"({min(changed)} ...). The saved ones hold, until you set them."

@@ -102,19 +102,20 @@ class Draws:
                 "from a run without interruption. Give it a generator of its own."
             )
 
-    def forward(self, now: dict[str, Any], passing: Passing | None, raised: bool) -> None:
+    def forward(self, now: dict[str, Any], passing: Passing | None, raised: bool, ends: bool = False) -> None:
         """Put back what `now` gave before the place was found again.
 
         Args:
             now: All of them.
             passing: How a loader passed over batches; None if they were walked through again, and so drawn again.
             raised: Whether the place was lost by a batch that raised, after what was drawn for it.
+            ends: Whether it is the last of the walk: a sampler may have begun its next permutation for it.
         """
         if self.none:
             return
         set_generators(now["process"])
         first, last = ({}, {}) if passing is None else (passing.first or {}, passing.last or {})
-        as_it_goes = not same_states(first.get("own"), last.get("own"))
+        as_it_goes = ends or not same_states(first.get("own"), last.get("own"))
         if not raised or (passing is not None and not as_it_goes):
             self.set_own(now["own"])
         elif passing is not None:  # the sampler had drawn for the batch that raised

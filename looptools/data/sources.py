@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.nn import Module
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..devices import move
@@ -18,33 +17,11 @@ from ..modes import put_back, torch_modes
 from ..plain import device_of, is_plain
 from . import loaders
 from .draws import Draws, Said
+from .given import trusted_len
 from .loaders import END as END  # what fetch gives when the source is exhausted
 from .replaying import elements, is_sequence, walk_again
 
 _NOTHING: Any = object()
-
-
-def trusted_len(source: Any) -> int | None:
-    """How many batches *source* gives a pass, where its ``len`` can be believed.
-
-    That of a DataLoader over an IterableDataset cannot: it is the data set's own guess.
-    """
-    if isinstance(source, DataLoader) and isinstance(source.dataset, IterableDataset):
-        return None
-    try:
-        return len(source)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def check_source(where: str, source: Any) -> None:
-    """Refuse what cannot be walked through where it is typed."""
-    if isinstance(source, type):
-        raise TypeError(f"{where}: source is the class {source.__name__}; give an instance of it.")
-    if isinstance(source, Module):
-        raise TypeError(f"{where}: source is a module. The model comes first: {where}(model, source, step).")
-    if not callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
-        raise TypeError(f"{where}: source must be an iterable of batches or a function that makes one, got {source!r}.")
 
 
 class Source:
@@ -70,7 +47,7 @@ class Source:
         self._before: dict[str, Any] | None = None  # where it stood before the batch ahead, if that cannot be saved
         self._unmoved: Any = _NOTHING  # taken out of the iterator, but not yet on its device
         self._may_leak = self._raised = self._exhausted = self._plain = False
-        self._at_start: dict[str, Any] | None = None  # the random generators before the walk began
+        self.at_start: dict[str, Any] | None = None  # the random generators before the walk began; new for each walk
         self._failed = False  # its place must be found again
         self._stateful = loaders.has_state(given)
         self._stand: dict[str, Any] | None = None  # the source's own state, and the batches taken by then
@@ -91,13 +68,46 @@ class Source:
         """Whether a walk has begun and has not been seen to end."""
         return self._iterator is not None or self._failed
 
+    def back_to(self, start: dict[str, Any] | None, begun: int, taken: int, under_way: bool) -> None:
+        """Stand where it stood before something was begun or fetched that got lost, or is to be fetched again.
+
+        Args:
+            start: What `at_start` was.
+            begun: Walks begun by then.
+            taken: Batches taken of the last of them.
+            under_way: Whether that had not ended.
+        """
+        if self.at_start is not start and self.at_start is not None:  # a walk has begun meanwhile
+            self._draws.put(self.at_start)
+            self._iterator = None
+        elif self.taken == taken and self._has_pending:
+            return  # the batch is still at hand
+        self.at_start, self.begun, self.taken = start, begun, taken
+        self._ahead = self._unmoved = _NOTHING
+        self._before = None
+        self._failed = self._raised = under_way
+
+    @property
+    def has_ahead(self) -> bool:
+        """Whether it was looked whether another batch comes."""
+        return self._ahead is not _NOTHING
+
+    def unpeek(self) -> None:
+        """Take that back: it will be fetched again."""
+        self._ahead, self._before = _NOTHING, None
+        self._failed, self._raised = True, False
+
+    def undraw(self) -> None:
+        """The generators are as they were before a batch could not be fetched."""
+        self._raised = False
+
     def begin(self) -> None:
         """Start a walk from the first batch.
 
         Raises:
             RuntimeError: If the source can be walked through only once, and was.
         """
-        self._at_start = self._draws.now()
+        self.at_start = self._draws.now()
         if self._stateful and not isinstance(self.given, DataLoader):
             self._stand = {"taken": 0, "state": copy.deepcopy(self.given.state_dict())}
         else:
@@ -221,7 +231,7 @@ class Source:
         Raises:
             RuntimeError: If the source can be walked through only once, or gives fewer batches than before.
         """
-        if self._at_start is None:
+        if self.at_start is None:
             return
         if self._iterator is not None and self._iterator is self.given:  # it can only go on
             if isinstance(self.given, types.GeneratorType) and self.given.gi_frame is None:
@@ -250,7 +260,7 @@ class Source:
         if first:
             self._draws.tell_of_walk(first[0], now)
         if passed:  # at the first batch the order is drawn; it must be drawn as it was
-            self._draws.forward(now, passing, self._raised)
+            self._draws.forward(now, passing, self._raised, passed + 1 == self.length)
         self._iterator = iterator
         self._failed = self._raised = False
         if self._before is not None:
@@ -263,8 +273,8 @@ class Source:
 
     @property
     def _start(self) -> dict[str, Any]:
-        assert self._at_start is not None
-        return self._at_start
+        assert self.at_start is not None
+        return self.at_start
 
     def _fetch_ahead_again(self, now: dict[str, Any]) -> None:
         """Fetch the batch that comes next as it was fetched before the state was saved, which could not hold it."""
@@ -328,7 +338,7 @@ class Source:
         """Its place: walks begun, batches taken, the generators as they were when the walk began, and a batch ahead."""
         within = self.under_way or self._ahead is END
         state: dict[str, Any] = {"begun": self.begun, "taken": self.taken if within else 0}
-        state |= {"at_start": self._at_start if within else None, "own": self.own_generators()}
+        state |= {"at_start": self.at_start if within else None, "own": self.own_generators()}
         if not within:
             return state | (loaders.between_walks(self.given, self._exhausted) if self._stateful else {})
         if self._stateful and (own := self._own_state()) is not None:
@@ -350,10 +360,10 @@ class Source:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stand where `state_dict` was taken. The place in the walk is found at the next fetch."""
-        self.begun, self.taken, self._at_start = state["begun"], state["taken"], state["at_start"]
+        self.begun, self.taken, self.at_start = state["begun"], state["taken"], state["at_start"]
         self.set_own_generators(state["own"])
         self._iterator, self._ahead, self._unmoved = None, _NOTHING, _NOTHING
-        self._failed, self._raised, self._came_back = self._at_start is not None, False, self.begun > 0
+        self._failed, self._raised, self._came_back = self.at_start is not None, False, self.begun > 0
         ahead = state.get("ahead", {})
         self._stand, self._before = state.get("loader"), ahead.get("before")
         if "batch" in ahead:
@@ -361,7 +371,7 @@ class Source:
             self._unmoved = ahead["batch"] if there is None else move(ahead["batch"], torch.device(there))
         if ahead.get("end"):
             self._ahead, self._failed = END, False
-        if self._at_start is None and self._stand is not None:
+        if self.at_start is None and self._stand is not None:
             self.given.load_state_dict(self._stand["state"])
             self._stand = None
         if "dataset" in state:

@@ -67,3 +67,7 @@ class average:
             if last and state.run is not None:
                 state.run.record(state, means.read(state.gauges))
             yield state
+
+    def leaves(self, state: State) -> str:
+        """What a failure in the middle of this part can leave behind."""
+        return "this batch may be in the means of the pass already, and would be counted again"

@@ -162,6 +162,10 @@ class checkpoint:
         path: Path = self._saver.save_now()
         return path
 
+    def on_back(self, run: Run) -> None:
+        """The run went back: it may take another course from here."""
+        self._saver.go_back()
+
     def close(self) -> None:
         """Wait for what is being written in the background; let the folder go until the next save."""
         self._saver.close()

@@ -50,3 +50,7 @@ class clip_grad_norm:
             if state.updates and (len(state.windows) < 2 or are_due(state, self.params)):
                 state.grad_norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_norm, self.norm_type)
             yield state
+
+    def leaves(self, state: State) -> str:
+        """What a failure in the middle of this part can leave behind."""
+        return "some of the gradients may be smaller already, and their norm with them" if state.updates else ""

@@ -91,10 +91,11 @@ class forward:
                 for generator, drawn in zip(self._generators, self._drawn, strict=True):
                     generator.set_state(drawn)
             else:
-                self._seen = weakref.ref(state)
+                self._seen = None  # Ctrl-C may strike before all are kept
                 self._drawn.clear()
                 for generator in self._generators:
                     self._drawn.append(generator.get_state())
+                self._seen = weakref.ref(state)
             if self.autocast is not None:
                 result = self._in_its_modes(state)
             elif state.trains:

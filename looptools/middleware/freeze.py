@@ -202,6 +202,10 @@ class freeze:
         """Give the flags back if the run is over."""
         self._leave()
 
+    def on_remove(self, run: Run) -> None:
+        """Give the flags back: nobody else would."""
+        self._give_back()
+
     def carry_over(self, old: freeze) -> None:
         """Take the place of *old*: its flags are given back when the next pass begins, or when it would be thawed."""
         self.thawed, self._run, self._model, self._held = old.thawed, old._run, old._model, old._held

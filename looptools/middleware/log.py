@@ -134,6 +134,10 @@ class log:
         """How far each sink has written."""
         return self._delivery.marks
 
+    def rewind(self, marks: dict[str, Any]) -> None:
+        """Continue the files where they stood when `marks` said so; what was written since goes with the next row."""
+        raise_all(self._delivery.rewind(marks))
+
     def state_dict(self) -> dict[str, Any]:
         """What is collected for the next row, and how far each sink has written."""
         return {"since": self.since.state_dict(), "gauges": self.gauges, "marks": self.marks}
@@ -158,9 +162,8 @@ class log:
 
     def on_results(self, state: State) -> None:
         """Write a row for a pass that is over, though its last state does not come through here."""
-        if not state.replayed:
-            self._add_pass(state)
-            self._flush()
+        self._add_pass(state)
+        self._flush()
 
     def carry_over(self, old: log) -> None:
         """Go on where *old* stood, which this one replaces."""
@@ -172,28 +175,27 @@ class log:
         due: Any = self.every
         since, delivery = self.since, self._delivery
         for state in states:
-            if not state.replayed:
-                if state is not self._taken:  # otherwise a sink failed, and the state comes once more
-                    is_due, last = due(state), state.last  # these may fail: so before anything is counted
-                    if state.trains and not state.dropped:
-                        norm = state.grad_norm
-                        values = state.metrics.copy() if norm is None else {**state.metrics, "grad_norm": norm}
-                        since.entries.append((values, state.num_samples))
-                        if len(since.entries) >= FOLD_AT:
-                            since.fold()
-                        if state.gauges:
-                            self.gauges = {**self.gauges, **_numbers(state.gauges)}
-                    self._taken = state
-                    if delivery.waiting:  # the user skipped what failed
-                        delivery.skip_failed()
-                    if is_due:
-                        self._add_means(state)
-                    if last and state.run is not None:
-                        self._add_pass(state)
-                    if self._bar is not None:
-                        self._bar.advance(state)
-                if delivery.waiting:
-                    self._flush()
+            if state is not self._taken:  # otherwise a sink failed, and the state comes once more
+                is_due, last = due(state), state.last  # these may fail: so before anything is counted
+                if state.trains and not state.dropped:
+                    norm = state.grad_norm
+                    values = state.metrics.copy() if norm is None else {**state.metrics, "grad_norm": norm}
+                    since.entries.append((values, state.num_samples))
+                    if len(since.entries) >= FOLD_AT:
+                        since.fold()
+                    if state.gauges:
+                        self.gauges = {**self.gauges, **_numbers(state.gauges)}
+                self._taken = state
+                if delivery.waiting:  # the user skipped what failed
+                    delivery.skip_failed()
+                if is_due:
+                    self._add_means(state)
+                if last and state.run is not None:
+                    self._add_pass(state)
+                if self._bar is not None and not state.replayed:
+                    self._bar.advance(state)
+            if delivery.waiting:
+                self._flush()
             yield state
 
     def close(self) -> None:
@@ -275,16 +277,18 @@ class log:
     def _add_means(self, state: State) -> None:
         """A row for the iterations since the one before."""
         also = self.gauges if state.lr is None else {"lr": state.lr, **self.gauges}
-        values = self.since.read(also)
+        values = {} if state.replayed else self.since.read(also)  # the row is there already
         self.since.clear()
         self.gauges = {}
+        if state.replayed:
+            return
         now = 0.0 if state.run is None else state.run.seconds
         self._add("iterations", state, values, now - self._began)
 
     def _add_pass(self, state: State) -> None:
         """A row for a whole pass."""
         run, prefix = state.run, f"{state.phase}/"
-        if run is None:
+        if run is None or state.replayed:
             return
         values = {k.removeprefix(prefix): v for k, v in run.results.items() if k.startswith(prefix)}
         newest = run.history[-1] if run.history else {}

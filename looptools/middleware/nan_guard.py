@@ -129,6 +129,8 @@ class nan_guard:
                 " The weights are not finite already: the gradients of an earlier batch did it, though its loss was. "
                 "Look at these too, with lt.optimize(optimizer, between=lt.nan_guard())."
             )
+            if state.run.snapshots is not None:
+                cure += ' run.back(20); run.until_nonfinite(before="update") goes to where it began.'
         elif state.committed:
             cure = f" Look at run.failed.state.batch. It cannot be redone: {state.committed}."
         else:

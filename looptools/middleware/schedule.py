@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -213,6 +214,24 @@ class schedule:
                 state.lr = shown
             yield state
 
+    def ahead(self, group: dict[str, Any], one: Schedule, done: Sequence[int], steps: Sequence[int]) -> list[float]:
+        """What `__call__` will write into *group*, step by step, if no hand changes it: `Run.simulate` asks.
+
+        Args:
+            group: A param group into which it has written before.
+            one: The schedule of that group.
+            done: What the schedule counts, at each step.
+            steps: What the warm-up counts; never falls.
+        """
+        total, warmup, base, by_hand = self._total, self._warmup, group[self._initial], group.get(self._by_hand, 1.0)
+        warm = bisect_left(steps, warmup.count)  # type: ignore[type-var]  # it is bound: a number
+        warming, after = zip(done[:warm], steps[:warm], strict=True), done[warm:]
+        if self.option == "momentum":
+            values = [one(n, total, base) / warmup(step) * by_hand for n, step in warming]
+            return values + [one(n, total, base) / 1.0 * by_hand for n in after]
+        values = [warmup(step) * one(n, total, base) * by_hand for n, step in warming]
+        return values + [1.0 * one(n, total, base) * by_hand for n in after]
+
     def held(self, group: dict[str, Any]) -> Any:
         """What *group* has for the option now."""
         return group[self.option] if self.option in group else group["betas"][0]
@@ -263,6 +282,11 @@ class schedule:
         apart = [self.option in APART and not base for base in read(bases).values()]
         still = schedules.constant()
         self._schedules = [still if aside and not all(apart) else self._bound[0] for aside in apart]
+
+    def leaves(self, state: State) -> str:
+        """What a failure in the middle of this part can leave behind."""
+        steps = isinstance(self.schedule, LRScheduler)
+        return "torch's scheduler may have counted this step already, and would count it again" if steps else ""
 
     def close(self) -> None:
         """Step torch's scheduler once more when the run is over, as the loop by hand has."""

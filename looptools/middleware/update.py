@@ -134,4 +134,4 @@ class update:
 
     def leaves(self, state: State) -> str:
         """What a failure in the middle of this part can leave behind."""
-        return "some of the weights may have moved already, and would move again"
+        return "some of the weights may have moved already, and would move again" if state.updates else ""

@@ -111,8 +111,12 @@ class update_by_closure:
 
     def leaves(self, state: State) -> str:
         """What a failure in the middle of this part can leave behind."""
-        kept = isinstance(self.optimizer, torch.optim.LBFGS) or state.committed != HAS_MOVED
-        return "" if kept else "the optimizer's own memory may have moved, and would move again"
+        if state.committed != HAS_MOVED:
+            return ""
+        left = [state.forwarded.leaves(state)] if hasattr(state.forwarded, "leaves") else []
+        if not isinstance(self.optimizer, torch.optim.LBFGS):
+            left.append("the optimizer's own memory may have moved, and would move again")
+        return "; ".join(filter(None, left))
 
 
 def _closure(part: update_by_closure, state: State, ready: Tensor | None) -> Any:

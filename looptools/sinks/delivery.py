@@ -81,6 +81,13 @@ class Delivery:
                 sink.hparams(self.hparams)
             self._unready.remove(name)
 
+    def rewind(self, marks: dict[str, Any]) -> list[BaseException]:
+        """Have each sink take up where *marks* say before the next thing that it is given."""
+        self.waiting.clear()
+        errors = self.close()
+        self.marks, self._unready, self._failed = marks, set(self.sinks), set()
+        return errors
+
     def skip_failed(self) -> None:
         """Where the user skipped the state, who failed does without its rows; the others still get them."""
         for parcel in self.waiting:

@@ -2,40 +2,98 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
+import attrs
+
 from ..agenda import Agenda, Entry
 from ..cursor import Cursor
+from ..links import Slot
 from ..options import given, source_of
+from ..order import doubts as doubts_of_order
+from ..order import refusals
 from ..phases import Phase
 from ..pipeline import Middleware, flatten, name_of, numbered
+from .explaining.unmet import unmet
+from .explaining.uses import shown, uses_of
+from .swap import changes
+
+WIDTH = 100  # of a cell of a notebook
+MOST_CHANGES = 10
+MOST_OPTIONS = 36  # that stand beside what a part does
 
 
 def explain(cursor: Cursor) -> str:
-    """A table of all parts, in the order in which they run, with their options.
+    """A table of all parts, in the order in which they run: their options, and what they read and write on the state.
 
     Returns:
-        One line a part: number, name, options. Parts of a phase begin anew each pass, those of the run do not.
+        One row a part: number, name, options, ``reads -> writes``. Parts of a phase begin anew each pass, those of the
+        run do not. Behind the table stand the changes made since the run was built, and what can hardly be right.
     """
-    rows: list[tuple[str, str]] = []
+    rows: list[Row] = []
     for phase in cursor.passes.agenda.phases:
         source = cursor.passes.sources[id(phase)]
         kind = "gradients on, train mode" if phase.trains else "no gradients in the step, eval mode"
-        rows.append((cursor.passes.names[id(phase)], f"each pass: {kind}"))
-        rows.append(("  1 batches", source_of(phase, source.length)))
-        for number, slot in enumerate(cursor.lines[id(phase)], 2):
-            rows.append((f"  {number} {slot.name.rpartition('/')[2]}", given(slot.part)))
+        rows.append(Row(cursor.passes.names[id(phase)], f"each pass: {kind}"))
+        rows.append(Row("  1 batches", source_of(phase, source.length), "-> batch"))
+        rows += [_row(number, slot) for number, slot in enumerate(cursor.lines[id(phase)], 2)]
         moves = any(hasattr(getattr(slot.part, "optimizer", None), "step") for slot in cursor.lines[id(phase)])
         if phase.trains and not moves:
-            rows.append(("", "no part here moves the weights: lt.optimize(optimizer) would"))
+            rows.append(Row("", "no part here moves the weights: lt.optimize(optimizer) would"))
     if cursor.run_slots:
-        rows.append(("run", "behind every phase, one instance throughout"))
-        for number, slot in enumerate(cursor.run_slots, 1):
-            rows.append((f"  {number} {slot.name.rpartition('/')[2]}", given(slot.part)))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {text}".rstrip() for name, text in rows]
-    return "\n".join([_workflow(cursor.passes.agenda, cursor), *lines])
+        rows.append(Row("run", "behind every phase, one instance throughout"))
+        rows += [_row(number, slot) for number, slot in enumerate(cursor.run_slots, 1)]
+    doubts = [*refusals(cursor), *doubts_of_order(cursor), *unmet(cursor)]
+    changed = list(map(_change, changes(cursor)))
+    if len(changed) > MOST_CHANGES:
+        changed[:-MOST_CHANGES] = [f"{len(changed) - MOST_CHANGES} before these: run.changes"]
+    lines = [_workflow(cursor.passes.agenda, cursor), *_table(rows)]
+    return "\n".join([*lines, *_section("changes", changed), *_section("doubts", doubts)])
+
+
+@attrs.frozen
+class Row:
+    """A line of the table."""
+
+    name: str
+    options: str
+    uses: str = ""
+
+
+def _row(number: int, slot: Slot) -> Row:
+    name, options = f"{number:>3} {slot.name.rpartition('/')[2]}", given(slot.part)
+    if slot.muted:
+        return Row(name, f"muted: {options}" if options else "muted")
+    return Row(name, options, shown(uses_of(slot), slot))
+
+
+def _table(rows: list[Row]) -> list[str]:
+    """Columns side by side; what a part does goes below its options where these are long."""
+    width = max(len(row.name) for row in rows)
+    across = max((len(row.options) for row in rows if row.uses and len(row.options) <= MOST_OPTIONS), default=0)
+    start = width + across + 4
+    lines = []
+    for row in rows:
+        line = f"{row.name:<{width}}  {row.options}".rstrip()
+        bound = row.uses.replace(" ->", "\xa0->")  # an arrow does not stand alone
+        uses = textwrap.wrap(bound, max(WIDTH - start, 30), subsequent_indent="  ", break_long_words=False)
+        if uses and len(line) <= start - 2:
+            line = f"{line:<{start}}{uses.pop(0)}"
+        lines += [line, *(" " * start + one for one in uses)]
+    return [line.replace("\xa0", " ") for line in lines]
+
+
+def _change(made: dict[str, Any]) -> str:
+    where = f"{made['phase']}, epoch {made['epoch']}" if made["phase"] else f"epoch {made['epoch']}"
+    what = f": {made['what']}" if made["what"] else ""
+    return f"iteration {made['iteration']} ({where}): {made['verb']} {made['part']}{what}"
+
+
+def _section(title: str, entries: Iterable[str]) -> list[str]:
+    wrapped = [textwrap.fill(one, WIDTH, initial_indent="  - ", subsequent_indent="    ") for one in entries]
+    return [title, *wrapped] if wrapped else []
 
 
 def describe(agenda: Agenda, cursor: Cursor | None, middlewares: Iterable[Middleware] = ()) -> str:

@@ -120,14 +120,15 @@ def extend(run: Run, max_epochs: int | None, max_iterations: int | None, max_rou
     before, ended, stopping = cursor.passes.agenda, cursor.ended, cursor.stopping
     cursor.ended = cursor.stopping = ""
     try:
-        _stretch(run, cursor, attrs.evolve(before, **given))  # type: ignore[arg-type]
+        stretch(run, cursor, attrs.evolve(before, **given))  # type: ignore[arg-type]
     except BaseException:  # a schedule cannot do so many steps: the run ends where it did
         cursor.ended, cursor.stopping = ended, stopping
-        _stretch(run, cursor, before)
+        stretch(run, cursor, before)
         raise
 
 
-def _stretch(run: Run, cursor: Cursor, agenda: Agenda) -> None:
+def stretch(run: Run, cursor: Cursor, agenda: Agenda) -> None:
+    """Have the run go through *agenda*, which has other bounds."""
     cursor.passes.agenda = run._agenda = agenda
     cursor.passes.stretch()
     for slot in cursor.slots:

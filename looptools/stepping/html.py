@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import html
-from ..data.sources import trusted_len
+from ..data.given import trusted_len
 from ..options import given, source_of
 from .explain import entries, pipes, whereabouts
 
@@ -45,7 +45,7 @@ def _failure(run: Run) -> str:
         return ""
     error = failed.exception
     what = f"<b>failed in {html.code(failed.part)}</b>: {html.text(type(error).__name__)}: {html.text(error)}"
-    notes = [note for note in getattr(error, "__notes__", []) if note != failed.advice]
+    notes = [note for note in getattr(error, "__notes__", []) if note != failed.verbs]
     said = [what, *(html.text(note, html.FAINT) for note in notes), html.text(failed.advice)]
     lines = "".join(f"<div>{line}</div>" for line in said)
     return f'<div style="border-left:3px solid {html.RED};padding-left:.8em;white-space:pre-wrap">{lines}</div>'
@@ -53,7 +53,7 @@ def _failure(run: Run) -> str:
 
 def _curves(history: Sequence[dict[str, Any]]) -> str:
     """The metrics that most phases have, the loss first."""
-    facts = {"phase", "epoch", "iteration", "round", "iterations", "trained", "seconds", "on_demand"}
+    facts = {"phase", "epoch", "iteration", "round", "iterations", "trained", "seconds", "on_demand", "changes"}
     metrics: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in history:
         for name in [name for name in row if name not in facts and "/" not in name]:

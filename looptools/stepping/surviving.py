@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..cursor import Cursor
 from ..interrupts import interrupts
+from ..scaling import forget_dropped
 from ..state import State
 from ..warn import warn
 
@@ -17,12 +18,25 @@ def redo(cursor: Cursor) -> None:
     state = cursor.state
     if state is None:
         why = "its batch could not be fetched" if cursor.failed is not None else "no iteration is open"
-        raise RuntimeError(f"retry: {why}. next(run) goes on.")
-    if state.committed or cursor.at >= len(cursor.line):
-        why = state.committed or "it is finished"
-        raise RuntimeError(f"retry: this iteration cannot be redone: {why}. next(run) goes on where it stopped.")
-    cursor.failed = None
-    cursor.at = 0
+        undo = " run.back(1) undoes the last one." if cursor.keeper is not None and cursor.handed is not None else ""
+        raise RuntimeError(f"retry: {why}. " + (undo.strip() if cursor.ended else f"next(run) goes on.{undo}"))
+    rolled_back = cursor.keeper is not None and not cursor._counted and cursor.keeper.start_over()
+    if not rolled_back and (state.committed or state.dropped or cursor.at >= len(cursor.line)):
+        why = state.committed or ("a part has dropped it" if state.dropped else "it is finished")
+        with_snapshots = "" if cursor.keeper else " With lt.workflow(..., snapshots=lt.snapshots()) it could be."
+        raise RuntimeError(
+            f"retry: this iteration cannot be redone: {why}. next(run) goes on where it stopped.{with_snapshots}"
+        )
+    cursor.overcome(again=True)
+    if rolled_back:
+        cursor.keeper.go_on()
+    else:
+        cursor.at = 0
+        clear(state)
+
+
+def clear(state: State) -> None:
+    """Leave of an open iteration only its batch."""
     state.outputs = state.loss = state.grad_norm = state.lr = None
     state.updates = False
     state.windows.clear()
@@ -57,16 +71,23 @@ def drop(cursor: Cursor) -> None:
         cursor.unseen = state
     else:
         _drop(cursor, state)
-    cursor.failed = None
+    cursor.overcome()
+    if cursor.keeper is not None:
+        cursor.keeper.touched = True  # computed again, it would not be skipped
     if interrupts.pending:
         interrupts.deliver(cursor)
 
 
 def _drop(cursor: Cursor, state: State) -> None:
-    _drop_windows(cursor)
+    if cursor.keeper is not None and cursor.keeper.start_over():
+        cursor.keeper.go_on()
+    else:
+        _drop_windows(cursor)
     cursor.at += cursor.failed is not None  # past the part that failed; those behind it learn of a pass's end
-    cursor.failed = None
+    cursor.overcome()
     state.dropped = True
+    for scaler in {id(s): s for slot in cursor.line if (s := getattr(slot.part, "scaler", None))}.values():
+        forget_dropped(scaler, state)  # backward's generator, which would do it, may be closed by now
     if state.last:
         cursor.advance()
     cursor.finish()

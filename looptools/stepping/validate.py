@@ -57,8 +57,8 @@ def validate(run: Run, phase: Phase) -> dict[str, float]:
         beside.to_end()
     except Exception as error:
         failed, notes = beside.failed, getattr(error, "__notes__", [])
-        if failed is not None and failed.advice in notes:
-            notes.remove(failed.advice)  # its verbs are those of a run that nobody holds
+        if failed is not None and failed.verbs in notes:
+            notes.remove(failed.verbs)  # its verbs are those of a run that nobody holds
         error.add_note("looptools: run.validate is given up; the run itself stands where it stood.")
         raise
     finally:
@@ -116,7 +116,7 @@ def _take_over(run: Run, beside: Run, state: State) -> dict[str, float]:
     run.history.append({**beside.history[-1], "on_demand": True})
     state.run, state.round_last = run, False  # the workflow's round goes on
     for slot in run.cursor.run_slots:
-        if hasattr(slot.part, "on_results"):
+        if hasattr(slot.part, "on_results") and not slot.muted:
             slot.part.on_results(state)
             if run.ended and hasattr(slot.part, "close"):
                 slot.part.close()  # nobody else would

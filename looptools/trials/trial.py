@@ -21,8 +21,8 @@ import torch
 
 from ..agenda import Agenda, Entry
 from ..checkpoints.inventory import inventory
+from ..data.given import trusted_len
 from ..data.loaders import draws_in_workers
-from ..data.sources import trusted_len
 from ..phases import Phase
 from ..stepping.elsewhere import elsewhere
 from ..stepping.mended import mended, piped

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import looptools as lt
@@ -35,6 +37,92 @@ def test_explain_prints_the_resolved_pipe(run, capsys):
     assert [line.split()[1] for line in lines[2:8]] == TRAIN
     assert "max_norm=0.5" in lines[5]
     assert run.progress.iteration == 0
+
+
+def sharing(states):
+    for state in states:
+        state.metrics["share"] = state.metrics["loss"] / state.grad_norm
+        yield state
+
+
+def test_each_part_shows_what_it_reads_and_writes(run, capsys):
+    """Beside its options where these are short, in 100 columns; parts of one's own alike."""
+    (run | sharing | lt.checkpoint("never made", every=7)).explain()
+
+    shown = capsys.readouterr().out
+    assert re.search(r"1 batches +list, 3 batches +-> batch\n", shown)
+    assert re.search(r"3 backward +optimizer=SGD +loss -> updates, windows\n", shown)
+    assert re.search(r"4 clip_grad_norm +params=<1 tensors>, max_norm=0.5 +updates, windows -> grad_norm\n", shown)
+    assert re.search(r"2 sharing +metrics\[loss\], grad_norm -> metrics\[share\]\n", shown)
+    assert max(map(len, shown.splitlines())) <= 100
+    assert not any(line.strip() == "->" for line in shown.splitlines())
+
+
+def test_what_a_part_does_goes_below_options_that_are_long(model, sgd, batches, capsys):
+    """The options stay on one line."""
+    schedule = lt.schedule_lr(sgd, lt.schedules.step(5), warmup=2)
+    iter(lt.train(model, batches, step) | schedule | lt.optimize(sgd)).explain()
+
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if "schedule_lr" in line)
+    assert lines[at].endswith("warmup=warmup(count=2, ratio=0.1, kind='linear')")
+    assert lines[at + 1].strip() == "-> lr"
+
+
+def step(model, batch):
+    return {"loss": model(batch), "accuracy": 1.0}
+
+
+def test_the_keys_of_a_literal_step_are_shown(model, batches, capsys):
+    """Which of them are scalars cannot be seen, so `metrics` stands without."""
+    iter(lt.validate(model, batches, step)).explain()
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "step=step batch -> outputs[loss, accuracy], loss, num_samples, metrics" in said
+
+
+def test_muted_parts_and_changes_are_shown(run, capsys):
+    """What states pass by does nothing; what was done to the pipe stands below."""
+    next(run)
+    run.mute("clip_grad_norm")
+    run.explain()
+
+    shown = capsys.readouterr().out
+    assert "4 clip_grad_norm  muted: params=<1 tensors>, max_norm=0.5\n" in shown
+    assert "\nchanges\n  - iteration 1 (train, epoch 0): mute train/clip_grad_norm" in shown
+
+
+def test_only_the_newest_changes_are_shown(run, capsys):
+    """Of many, ten."""
+    for n in range(6):
+        run.mute("clip_grad_norm")
+        run.mute("clip_grad_norm", False)
+    run.explain()
+
+    changed = capsys.readouterr().out.partition("\nchanges\n")[2]
+    assert changed.startswith("  - 2 before these: run.changes\n")
+    assert changed.count("clip_grad_norm: ") == 10
+
+
+def test_doubts_are_said_with_their_cure(model, sgd, batches, capsys):
+    """Those of the order, which were warned of when it was built, and those of what parts read."""
+    phase = lt.train(model, batches, step) | sharing | lt.optimize(sgd)
+    run = lt.workflow([(phase, 1)], max_epochs=1) | lt.log(line=None) | lt.timer()
+    with pytest.warns(UserWarning, match="timer: run/timer stands behind run/log"):
+        run.explain()
+
+    said = capsys.readouterr().out.partition("\ndoubts\n")[2]
+    assert said.startswith("  - timer: run/timer stands behind run/log, whose rows do not show it. Pipe it on before")
+    assert "  - train/sharing: it reads state.grad_norm, which no part of train sets." in said
+
+
+def test_a_sound_pipe_has_nothing_but_its_table(run, capsys):
+    """No empty headings."""
+    run.explain()
+
+    shown = capsys.readouterr().out
+    assert "doubts" not in shown
+    assert "changes" not in shown
 
 
 def test_repr_says_where_the_run_is(run):

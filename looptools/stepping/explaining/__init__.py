@@ -1,0 +1,1 @@
+"""What parts read and write, found in their code."""

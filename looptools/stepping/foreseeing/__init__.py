@@ -1,0 +1,1 @@
+"""The run walked through without model and data."""

@@ -1,0 +1,1 @@
+"""Copies of a pipe that share nothing with it."""

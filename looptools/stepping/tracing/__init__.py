@@ -1,0 +1,1 @@
+"""What a part changes, measures and waits for."""
