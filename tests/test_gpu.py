@@ -173,3 +173,81 @@ def test_a_background_save_waits_for_the_device_once(tmp_path):
     run.close()
 
     assert reads == []
+
+
+def kept(autocast=False):
+    run = piped(autocast)
+    run._snapshots = lt.snapshots(every=3, keep=4)
+    return run
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "fp16"])
+def test_back_and_forward_again_on_the_device(autocast):
+    """From pinned memory to the device, its generator and the scaler included."""
+    run = kept(autocast)
+    for n in (2, 5):
+        list(run.take(6))
+        run.back(n)
+
+    run.to_end()
+
+    assert_same(run.model.state_dict(), by_hand(autocast))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "fp16"])
+def test_retry_after_the_update_on_the_device(autocast):
+    """The copy of the iteration's beginning is put back in place."""
+    run = kept(autocast)
+    list(run.take(2))
+    run.after("update")
+
+    run.retry()
+    run.to_end()
+
+    assert_same(run.model.state_dict(), by_hand(autocast))
+
+
+def test_snapshots_do_not_wait_for_the_device():
+    """What is copied at the beginning of each iteration stays there; only a snapshot itself is waited for."""
+    run = kept()
+    run._snapshots = lt.snapshots(every=50)
+    next(run)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with device_reads("cuda") as reads:
+            list(run.take(3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert reads == []
+
+
+def test_a_crash_is_reopened_on_the_device(tmp_path):
+    """The batch is where it was, and the loss comes out the same."""
+    run = piped() | lt.flight_recorder(tmp_path)
+    slot = next(slot for slot in run.cursor.slots if slot.name == "train/update")
+    slot.part = Trips(slot.part, lambda state: state.iteration == 4)
+    with pytest.raises(Planted):
+        run.to_end()
+    loss = run.failed.state.loss.detach().clone()
+
+    again = lt.reopen(tmp_path, piped())
+
+    assert again.state.batch[0].is_cuda
+    assert torch.equal(again.after("forward").loss.detach(), loss)
+
+
+def test_a_ledger_counts_waits_for_the_device():
+    """Of the device's tensors only."""
+    run = piped()
+
+    def asks(states):
+        for state in states:
+            float(state.loss.detach())
+            yield state
+
+    run.insert(asks, after="forward")
+    ledger = run.ledger
+    list(run.take(3))
+
+    assert {row.part: row.reads for row in ledger.rows}["train/asks"] == 3
