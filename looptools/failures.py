@@ -145,8 +145,7 @@ def add_notes(
     code = getattr(slot.part, "__code__", None) if slot is not None else None
     if slot is not None and code is not None and inspect.isgeneratorfunction(slot.part) and code.co_nlocals > 2:
         _add(error, lambda: f"{slot.name} is a plain generator: it begins anew, without what local variables kept.")
-    if isinstance(error, Exception):
-        _add(error, lambda: failed.verbs)
+    _add(error, lambda: failed.verbs if isinstance(error, Exception) else "next(run) goes on.")
 
 
 def _add(error: BaseException, note: Callable[[], str]) -> None:

@@ -86,7 +86,7 @@ class Run:
 
     def __or__(self, middleware: Middleware) -> Run:
         if self._cursor is not None:
-            raise RuntimeError("run | middleware: this run is built already. Pipe first, or use run.replace(...).")
+            raise RuntimeError("run | middleware: this run is built already. Pipe first, or use run.insert(...).")
         check(middleware, "run | middleware")
         return Run(self._agenda, (*self._middlewares, middleware), self._snapshots)
 
@@ -464,7 +464,8 @@ class Run:
         Args:
             n: How many; left out, as many as an option has values.
             folders: One for each run.
-            options: Options of the param groups, a value for each run.
+            options: Options of the param groups, a value for each run. Where a schedule sets the option, it is the base
+                value that the schedule goes by, as if the optimizer had been made with it.
 
         Raises:
             RuntimeError: If an iteration is open, or a step, part or closure holds the original model.

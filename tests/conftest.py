@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what it sends to the background so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Weight(nn.Module):

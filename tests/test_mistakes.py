@@ -407,7 +407,7 @@ def test_piping_onto_a_started_run(n):
     run = run_of(n)
     next(run)
 
-    with pytest.raises(RuntimeError, match="built already. Pipe first, or use run.replace"):
+    with pytest.raises(RuntimeError, match="built already. Pipe first, or use run.insert"):
         run | lt.log()
 
 

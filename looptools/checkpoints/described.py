@@ -79,7 +79,10 @@ def _crash(crash: Mapping[str, Any]) -> Iterator[Row]:
         yield "batch", shown(crash["batch"], 200) + (f"; not saved: {shown(lost, 200)}" if lost else "")
     versions = [(name, version) for name, version in _first(crash.get("versions")) if version]
     yield "versions", ", ".join(f"{shown(name, 20)} {shown(version, 40)}" for name, version in versions)
-    for number, line in enumerate(str(crash.get("traceback", "")).splitlines()[-MOST_LINES:]):
+    lines = str(crash.get("traceback", "")).splitlines()
+    if len(lines) > 2 * MOST_LINES:  # the user's own frames come first, the error last
+        lines = [*lines[:MOST_LINES], "  ...", *lines[-MOST_LINES:]]
+    for number, line in enumerate(lines):
         yield ("" if number else "traceback"), shown(line.rstrip(), 200)
 
 

@@ -13,7 +13,7 @@ from ..cursor import Cursor
 from ..links import Slot
 from ..options import given, source_of
 from ..order import doubts as doubts_of_order
-from ..order import refusals
+from ..order import kind, refusals
 from ..phases import Phase
 from ..pipeline import Middleware, flatten, name_of, numbered
 from .explaining.unmet import unmet
@@ -35,13 +35,16 @@ def explain(cursor: Cursor) -> str:
     rows: list[Row] = []
     for phase in cursor.passes.agenda.phases:
         source = cursor.passes.sources[id(phase)]
-        kind = "gradients on, train mode" if phase.trains else "no gradients in the step, eval mode"
-        rows.append(Row(cursor.passes.names[id(phase)], f"each pass: {kind}"))
+        mode = "gradients on, train mode" if phase.trains else "no gradients in the step, eval mode"
+        rows.append(Row(cursor.passes.names[id(phase)], f"each pass: {mode}"))
         rows.append(Row("  1 batches", source_of(phase, source.length), "-> batch"))
         rows += [_row(number, slot) for number, slot in enumerate(cursor.lines[id(phase)], 2)]
-        moves = any(hasattr(getattr(slot.part, "optimizer", None), "step") for slot in cursor.lines[id(phase)])
-        if phase.trains and not moves:
+        movers = [s for s in cursor.lines[id(phase)] if hasattr(getattr(s.part, "optimizer", None), "step")]
+        if phase.trains and not movers:
             rows.append(Row("", "no part here moves the weights: lt.optimize(optimizer) would"))
+        for slot in movers if phase.trains else ():
+            if slot.muted and kind(slot) in ("backward", "update"):
+                rows.append(Row("", f"while {slot.short} is muted, the weights stand still"))
     if cursor.run_slots:
         rows.append(Row("run", "behind every phase, one instance throughout"))
         rows += [_row(number, slot) for number, slot in enumerate(cursor.run_slots, 1)]

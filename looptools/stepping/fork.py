@@ -180,6 +180,9 @@ def _read(
             raise LookupError(f"fork: no optimizer has an option {name!r}. There are: {', '.join(known) or 'none'}.")
         if not isinstance(values, list | tuple):
             raise TypeError(f"fork: give a value of {name} for each run, as in {name}=[{values!r}], got {values!r}.")
+        wrong = [value for value in values if isinstance(value, str) or value is None]
+        if wrong:
+            raise TypeError(f"fork: {name} must be numbers, as in {name}=[1e-3, 3e-4], got {wrong[0]!r}.")
         given[name] = len(values)
     if isinstance(folders, str | Path):
         raise TypeError(f"fork: give a folder for each run, as in folders=[{str(folders)!r}], got {folders!r}.")

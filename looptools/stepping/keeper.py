@@ -10,6 +10,7 @@ import attrs
 from ..checkpoints.background import Buffers
 from ..checkpoints.tree import capture
 from ..cursor import Cursor
+from ..data.draws import of_data
 from ..data.sources import Source
 from ..failures import Failed
 from ..generators import (
@@ -58,6 +59,7 @@ class Keeper:
         self._left: Looked | None = None  # when somebody got the prompt within this one
         self._own: dict[str, Any] = {}  # the random generators that hang on the source
         self._before: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # theirs and the process's, before a fetch
+        self._undrawn: dict[str, Any] = {}  # theirs, behind a fetch that failed
         self._generators: dict[str, Any] = {}  # the process's, as they were last noted
         self._drawn: dict[str, Any] = {}  # those of the source, behind the fetch
         self._peeked = False
@@ -136,6 +138,7 @@ class Keeper:
         cursor, state = self.cursor, self.cursor.state
         self.touched = True
         if failed.part.endswith("/batches") and cursor.passes.phase is not None and self._before[0]:
+            self._undrawn = {path: get_generator(self._own[path]) for path in self._before[1]}
             self._undraw(self._before[1])
             set_generators(self._before[0])
         if state is None or state is not self._noted or cursor.at >= len(cursor.line) or self._rolled_back:
@@ -193,6 +196,12 @@ class Keeper:
         for path, drawn in own.items():
             set_generator(self._own[path], drawn)
         self._source().undraw()
+
+    def pass_over(self) -> None:
+        """The batch that could not be fetched is skipped: what its order was drawn from has moved all the same."""
+        for path, drawn in self._undrawn.items():
+            if not of_data(path):
+                set_generator(self._own[path], drawn)
 
     def _source(self) -> Source:
         return self.cursor.passes.source

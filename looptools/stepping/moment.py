@@ -200,11 +200,21 @@ class Moment:
 
         return put_back
 
+    def _forward(self, part: forward) -> PutBack:
+        """What its step remembers; it is not to think of the open state that it comes a second time."""
+        step, seen = getattr(part.step, "__self__", part.step), part._seen
+        put = self._part(step) if step is not None and not isinstance(step, Module) else _nothing
+
+        def put_back() -> None:
+            put()
+            part._seen = seen  # the generators are put back already
+
+        return put_back
+
     def _part(self, part: Any) -> PutBack:
         """What a part, or the step that a `forward` calls, remembers."""
         if isinstance(part, forward):
-            step = getattr(part.step, "__self__", part.step)
-            return self._part(step) if step is not None and not isinstance(step, Module) else _nothing
+            return self._forward(part)
         if inspect.isroutine(part) or isinstance(part, functools.partial | type):
             return _nothing
         if attrs.has(type(part)):

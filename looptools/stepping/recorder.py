@@ -88,9 +88,10 @@ class Recorder:
         if not bad:
             self._bad.discard(state.phase)
             return
-        if state.phase in self._bad:
-            return
+        known = bool(self._bad)  # of another phase it is the effect, not the cause
         self._bad.add(state.phase)
+        if known:
+            return
         try:
             said = self._record(state, nonfinite=bad)
         except Exception as trouble:

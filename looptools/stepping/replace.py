@@ -54,7 +54,12 @@ def _named(cursor: Cursor, name: str, new: Any) -> list[tuple[Slot, Any]]:
     if steps and callable(new):
         _require_one(name, steps, [slot.part.step for slot in steps])
         return [(slot, _calling(slot.part, new)) for slot in steps]
-    slot = find_slot(cursor, name, "replace")
+    try:
+        slot = find_slot(cursor, name, "replace")
+    except LookupError as error:
+        known = dict.fromkeys(filter(None, map(_step_of, cursor.slots)))
+        error.add_note(f"Steps are {', '.join(known) or 'none'}; a lambda is called 'lambda'.")
+        raise
     return [(slot, _calling(slot.part, new) if isinstance(slot.part, forward) else new)]
 
 
@@ -81,6 +86,13 @@ def _of_its_name(cursor: Cursor, new: Any) -> list[tuple[Slot, Any]]:
     else:
         _require_one(name, steps or parts, old)
         bound = [new for _ in old]
+    others = {slot.name: _step_of(slot) for slot in cursor.slots if isinstance(slot.part, forward)}
+    if steps and all(one is there for one, there in zip(bound, old, strict=True)) and len(steps) < len(others):
+        slot, step = next((slot, step) for slot, step in others.items() if step != name)
+        raise LookupError(
+            f"replace: {name} runs in {', '.join(slot.name for slot in steps)} already, and {slot} calls {step}. To put "
+            f"it there: run.replace({slot!r}, {name})."
+        )
     if steps:
         return [(slot, _calling(slot.part, one)) for slot, one in zip(steps, bound, strict=True)]
     return list(zip(parts, bound, strict=True))

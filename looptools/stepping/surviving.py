@@ -58,6 +58,8 @@ def drop(cursor: Cursor) -> None:
     if failed is not None and failed.part.startswith("workflow/"):
         cursor.passes.place.done += 1
     elif failed is not None and failed.part.endswith("/batches") and cursor.passes.phase is not None:
+        if cursor.keeper is not None:
+            cursor.keeper.pass_over()
         if state is not None:  # it was looked ahead for; the open iteration has its own batch
             cursor.passes.skip_failed()
         else:  # an iteration without a batch, for what the pass's end brings

@@ -36,7 +36,9 @@ def insert(cursor: Cursor, part: Middleware, *, before: str | None, after: str |
         ValueError: If the pipe's order would not be right then; nothing has changed.
     """
     if (before is None) is (after is None):
-        raise TypeError('insert: give before= or after=, the name of a part: run.insert(part, before="update").')
+        raise TypeError(
+            'insert: give one of before= and after=, the name of a part: run.insert(part, before="update").'
+        )
     check(part, "insert")
     named = _find(cursor, before if after is None else after, "insert")
     line = _scope(cursor, named)

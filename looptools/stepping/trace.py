@@ -139,11 +139,9 @@ def trace(run: Run) -> Trace:
 
     Raises:
         LookupError: If the run is over.
-        RuntimeError: If a finished iteration waits to be seen.
     """
     cursor = run.cursor
-    if cursor.unseen is not None:
-        raise RuntimeError("trace: an iteration was finished as Ctrl-C came. next(run) hands its state out first.")
+    cursor.unseen = None  # finished as Ctrl-C came: whoever traces has had the prompt, and run.state
     looking = _Looking(cursor)
     try:
         looking.walk()

@@ -34,6 +34,8 @@ def back(run: Run, n: int) -> None:
     whole_number("back: n", n, 0)
     keeper = _keeper(run, "back")
     wanted = keeper.count_handed() - n
+    if n == 0 and run.cursor.state is None and keeper.ring:
+        return  # it stands there, and what was done by hand since is not computed away
     found = [one for one in keeper.ring if one.count <= wanted]
     if not found:
         reach = keeper.count - keeper.ring[0].count if keeper.ring else 0
@@ -60,6 +62,8 @@ def replay(run: Run, iteration: int) -> None:
             f"replay: iteration {iteration} is still to come; {cursor.progress.iteration} are done. "
             f"run.until(iteration={iteration}) goes there."
         )
+    if iteration == cursor.progress.iteration and cursor.state is None and keeper.ring:
+        return
     found = [one for one in keeper.ring if one.iteration <= iteration]
     if not found:
         oldest = f"before iteration {keeper.ring[0].iteration}" if keeper.ring else "none"

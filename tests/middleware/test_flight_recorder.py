@@ -437,3 +437,17 @@ def test_other_verbs_work_with_it(tmp_path):
         next(one)
 
     assert not list(tmp_path.iterdir())
+
+
+def test_a_validation_with_spoilt_weights_leaves_no_file(tmp_path, model, sgd, batches):
+    """It is the effect; the file of the cause stays the newest, which `reopen` takes."""
+
+    def step(model, batch):
+        return model(batch) * (math.nan if model.training and float(batch[0, 0]) == 2 else 1)
+
+    train = lt.train(model, batches, step) | lt.optimize(sgd)
+    run = lt.workflow([(train, 1), (lt.validate(model, batches, step), 1)], max_epochs=1)
+    with pytest.warns(UserWarning, match="loss is nan"):
+        (run | lt.flight_recorder(tmp_path)).to_end()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["crash_0001-epoch_0000-iteration_000001.pt"]

@@ -134,3 +134,14 @@ def test_repr_says_where_the_run_is(run):
     assert repr(run).startswith(
         "<Run: train x 1, val x 1; 1/2 epochs, 4/6 iterations done; in train: 1/3 batches done\n"
     )
+
+
+def test_a_muted_update_is_said_to_stop_training(model, sgd, batches, capsys):
+    """So is a muted backward."""
+    run = lt.workflow(
+        [(lt.train(model, batches, lambda model, batch: model(batch)) | lt.optimize(sgd), 1)], max_epochs=1
+    )
+    run.mute("backward")
+    run.explain()
+
+    assert "while backward is muted, the weights stand still" in capsys.readouterr().out

@@ -806,3 +806,12 @@ def test_a_part_of_the_user_s_own_with_fields(train, model):
 
     assert a.model.w == b.model.w == run.model.w
     assert a["Spike"].seen == 6
+
+
+def test_options_must_be_numbers():
+    """A text would fail somewhere within."""
+    model = network()
+    train = lt.train(model, loader(), classify) | lt.optimize(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    with pytest.raises(TypeError, match=r"fork: lr must be numbers, as in lr=\[1e-3, 3e-4\], got 'a'"):
+        lt.workflow([(train, 1)], max_epochs=1).fork(lr=["a", "b"])

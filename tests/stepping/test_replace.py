@@ -411,3 +411,22 @@ def test_an_optimizer_that_takes_the_place_of_another_is_the_runs(model, sgd, ba
 
     assert run.optimizer is other
     assert model.w.item() == 3 - 1 - 2 * 2
+
+
+def test_a_step_that_runs_elsewhere_already_says_where_it_is_not(model, sgd, batches):
+    """Else the old one would go on in training, and the change would be noted all the same."""
+
+    def old(model, batch):
+        return model(batch)
+
+    def good(model, batch):
+        return model(batch)
+
+    train = lt.train(model, batches, old) | lt.optimize(sgd)
+    run = lt.workflow([(train, 1), (lt.validate(model, batches, good), 1)], max_epochs=1)
+
+    with pytest.raises(LookupError, match=r"good runs in val/forward already, and train/forward calls old"):
+        run.replace(good)
+    assert run.changes == []
+    run.replace("old", good)
+    run.replace(good)

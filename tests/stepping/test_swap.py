@@ -324,8 +324,16 @@ def strange():
 
 def test_insert_needs_one_place(run):
     """Before, or after; a part's name."""
-    refused(run, TypeError, "insert: give before= or after=", "insert", lt.timer())
-    refused(run, TypeError, "insert: give before= or after=", "insert", lt.timer(), before="update", after="backward")
+    refused(run, TypeError, "insert: give one of before= and after=", "insert", lt.timer())
+    refused(
+        run,
+        TypeError,
+        "insert: give one of before= and after=",
+        "insert",
+        lt.timer(),
+        before="update",
+        after="backward",
+    )
     refused(run, LookupError, "insert: there is no part 'updat'", "insert", lt.timer(), before="updat")
     refused(run, LookupError, "matches train/forward, val/forward", "insert", lt.timer(), after="forward")
     refused(
