@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -146,7 +147,10 @@ def _held_by(value: Any) -> Iterable[tuple[Any, Any]]:
         return (("self", value.__self__),)
     if kind is functools.partial:
         return ("func", value.func), ("args", value.args), ("keywords", value.keywords)
-    slots = [(name, getattr(value, name)) for name in _slots(kind) if hasattr(value, name)]
+    slots = []
+    for name in _slots(kind):
+        with contextlib.suppress(AttributeError):  # not by getattr: a state would look whether it is the last one
+            slots.append((name, object.__getattribute__(value, name)))
     held = getattr(value, "__dict__", None) or {}
     if "_iterator" in held:  # a loader's: queues and processes
         held = {name: inner for name, inner in held.items() if name != "_iterator"}

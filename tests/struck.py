@@ -20,7 +20,11 @@ from looptools.modes import all_torch_modes
 
 HOME = str(Path(lt.__file__).parent)
 ONLY_READ = tuple(str(Path(HOME, name)) for name in ("checkpoints", "generators.py", "archives", "plain.py"))
-TORCH = (str(Path(torch.__file__).parent / "optim"), str(Path(torch.__file__).parent / "nn" / "utils"))
+OTHERS = (
+    str(Path(torch.__file__).parent / "optim"),
+    str(Path(torch.__file__).parent / "nn"),
+    classify.__code__.co_filename,
+)
 
 
 @attrs.frozen
@@ -62,7 +66,7 @@ def everything(run: lt.Run, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def within(advance: Callable[[], object], n: int, do: Callable[[], None]) -> tuple[int, str]:
-    """Call *advance*, and do something at the n-th opcode of looptools, of torch's optimizers and of clipping.
+    """Call *advance*, and do something at the n-th opcode of looptools, the step, torch's layers and optimizers.
 
     What only reads (of a snapshot that is taken, a hundred thousand) is left out.
 
@@ -74,7 +78,7 @@ def within(advance: Callable[[], object], n: int, do: Callable[[], None]) -> tup
     def trace(frame: Any, event: str, arg: Any) -> Any:
         nonlocal count, place
         file = frame.f_code.co_filename
-        if not file.startswith((HOME, *TORCH)) or file.startswith(ONLY_READ):
+        if not file.startswith((HOME, *OTHERS)) or file.startswith(ONLY_READ):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":

@@ -18,6 +18,7 @@ from ..cursor import Cursor
 from ..generators import generators_within
 from ..middleware.forward import forward
 
+LIBRARY = __name__.partition(".")[0]
 KNOWN = (Optimizer, Module, Path, str, int, float, bool, type(None))
 
 
@@ -41,7 +42,8 @@ def generators_around(cursor: Cursor) -> dict[str, Any]:
     roots = [(f"{names[id(phase)]}/model", phase.model) for phase in cursor.passes.agenda.phases]
     for slot in cursor.slots:
         if attrs.has(type(slot.part)) and not isinstance(slot.part, forward):
-            fields = [field.name for field in attrs.fields(type(slot.part)) if field.init]
+            ours = type(slot.part).__module__.partition(".")[0] == LIBRARY  # whose memory holds the run itself
+            fields = [field.name for field in attrs.fields(type(slot.part)) if field.init or not ours]
             roots += [(f"{slot.name}/{name}", getattr(slot.part, name, None)) for name in fields]
         roots += [(f"{slot.name}/{word}", value) for _, word, value in surroundings(slot.name, slot.part)]
     found: dict[str, Any] = {}

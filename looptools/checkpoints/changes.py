@@ -41,6 +41,27 @@ class Changes:
     unstarted: set[str] = attrs.field(factory=set)
 
 
+class Made(list[dict[str, Any]]):
+    """Changes for a user to look at: shown with a line each.
+
+    Example:
+        >>> Made([{"iteration": 3, "epoch": 1, "phase": "train", "verb": "mute", "part": "train/ema", "what": ""}])
+        iteration 3 (train, epoch 1): mute train/ema
+        >>> Made() == []
+        True
+    """
+
+    def __repr__(self) -> str:
+        return "\n".join(map(in_words, self)) or "[]"
+
+
+def in_words(change: Mapping[str, Any]) -> str:
+    """One change in a line."""
+    where = f"{change['phase']}, epoch {change['epoch']}" if change["phase"] else f"epoch {change['epoch']}"
+    what = f": {change['what']}" if change["what"] else ""
+    return f"iteration {change['iteration']} ({where}): {change['verb']} {change['part']}{what}"
+
+
 _CHANGES: WeakKeyDictionary[Cursor, Changes] = WeakKeyDictionary()
 
 

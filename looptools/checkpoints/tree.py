@@ -226,7 +226,8 @@ def _load(cursor: Cursor, tree: Mapping[str, Any]) -> None:
     for name, buffers in _unlisted(found).items():
         for key, value in tree.get("buffers", {}).get(name, {}).items():
             if key in buffers and buffers[key].shape == value.shape:
-                buffers[key].copy_(value)
+                where = tuple(slice(0, 1) if step == 0 else slice(None) for step in buffers[key].stride())  # expanded
+                buffers[key][where].copy_(value[where])
     _freeze(found, tree.get("frozen", {}), cursor.started)
     put_gradients(found, tree.get("gradients", {}))
     for optimizer in cursor.progress.updates:  # torch's schedulers warn if it has not stepped in this process

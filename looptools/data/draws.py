@@ -85,7 +85,7 @@ class Draws:
         """State of those that a sampler may draw from."""
         if self.none:
             return {}
-        return {"process": get_generators(), "own": {p: state for p, state in self.own().items() if not of_data(p)}}
+        return {"process": get_generators(), "own": {p: state for p, state in self.own().items() if not _of_data(p)}}
 
     def tell_of_walk(self, first: dict[str, Any], now: dict[str, Any]) -> None:
         """Say it if walking through the batches again drew random numbers that others have drawn between.
@@ -119,7 +119,7 @@ class Draws:
         if not raised or (passing is not None and not as_it_goes):
             self.set_own(now["own"])
         elif passing is not None:  # the sampler had drawn for the batch that raised
-            self.set_own({path: state for path, state in now["own"].items() if of_data(path)})
+            self.set_own({path: state for path, state in now["own"].items() if _of_data(path)})
         if not same_states(first.get("process"), last.get("process")):
             self.said.once(
                 "its sampler draws from the process's random generators as it goes, between other draws, so the order "
@@ -128,6 +128,6 @@ class Draws:
             )
 
 
-def of_data(path: str) -> bool:
+def _of_data(path: str) -> bool:
     """Whether samples, and not the order, are drawn from the generator there."""
     return path.partition(".")[0] in ("dataset", "collate_fn")

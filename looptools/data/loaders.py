@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from torch.utils.data._utils.collate import default_collate, default_convert
 
 from ..interrupts import deaf_workers
+from ..modes import put_back
 from .seeded import is_seeded
 
 END: Any = object()  # what comes when a source is exhausted
@@ -131,9 +133,14 @@ def between_walks(source: Any, exhausted: bool) -> dict[str, Any]:
     """
     if not isinstance(source, DataLoader):
         return {"loader": {"taken": 0, "state": source.state_dict()}} if exhausted else {}
-    data: Any = source.dataset
-    lives_on = source.num_workers == 0 and hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
-    return {"dataset": data.state_dict()} if lives_on else {}
+    return {"dataset": source.dataset.state_dict()} if lives_on(source) else {}  # type: ignore[attr-defined]
+
+
+def lives_on(loader: DataLoader[Any]) -> bool:
+    """Whether its data set, in this process, says itself where it stands."""
+    data: Any = loader.dataset
+    both = hasattr(data, "state_dict") and hasattr(data, "load_state_dict")
+    return loader.num_workers == 0 and isinstance(data, IterableDataset) and both
 
 
 def keeps_workers(loader: Any) -> bool:
@@ -234,3 +241,14 @@ def _is_still(data: Any) -> bool:
     if type(data) is ConcatDataset:
         return all(map(_is_still, data.datasets))
     return type(data) in (TensorDataset, Tensor, list, tuple, range)
+
+
+def leaked(name: str, iterator: Any, modes: tuple[bool, ...]) -> RuntimeError:
+    """The error of a source that has left torch's modes switched, which are put back to what they were."""
+    if isinstance(iterator, types.GeneratorType):
+        iterator.close()  # leaves its `with`
+    put_back(modes)
+    return RuntimeError(
+        f"{name}: its source left gradients, inference_mode or autocast switched. Move its yield out of the "
+        "`with torch.no_grad():` block; only the work goes inside."
+    )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..devices import move
 from ..generators import get_generators
-from ..modes import put_back, torch_modes
+from ..modes import torch_modes
 from ..plain import device_of, is_plain
 from . import loaders
 from .draws import Draws, Said
@@ -50,6 +50,7 @@ class Source:
         self.at_start: dict[str, Any] | None = None  # the random generators before the walk began; new for each walk
         self._failed = False  # its place must be found again
         self._stateful = loaders.has_state(given)
+        self._lives_on = not self._stateful and isinstance(given, DataLoader) and loaders.lives_on(given)
         self._stand: dict[str, Any] | None = None  # the source's own state, and the batches taken by then
         self._came_back = False  # another process began the walks before
         self._said = Said(name)
@@ -88,6 +89,11 @@ class Source:
         self._failed = self._raised = under_way
 
     @property
+    def goes_once(self) -> bool:
+        """Whether no batch comes a second time: an iterator that cannot say where it stands."""
+        return hasattr(self.given, "__next__") and not self._stateful
+
+    @property
     def has_ahead(self) -> bool:
         """Whether it was looked whether another batch comes."""
         return self._ahead is not _NOTHING
@@ -108,6 +114,8 @@ class Source:
             RuntimeError: If the source can be walked through only once, and was.
         """
         self.at_start = self._draws.now()
+        if self._lives_on:  # its place is in the data set itself, which a new iterator would go on from
+            self.at_start["dataset"] = copy.deepcopy(self.given.dataset.state_dict())
         if self._stateful and not isinstance(self.given, DataLoader):
             self._stand = {"taken": 0, "state": copy.deepcopy(self.given.state_dict())}
         else:
@@ -178,7 +186,8 @@ class Source:
                 self._failed = self._raised = True
                 raise
             if modes is not None and modes != torch_modes():
-                self._refuse_leak(modes)
+                self._failed = True
+                raise loaders.leaked(self.name, self._iterator, modes)
             if self.length is not None and (batch is END) is (self.taken < self.length):
                 self._refuse_length()
             if batch is END:
@@ -190,16 +199,6 @@ class Source:
         self._unmoved = _NOTHING
         self.taken += 1
         return batch
-
-    def _refuse_leak(self, modes: tuple[bool, ...]) -> None:
-        self._failed = True
-        if isinstance(self._iterator, types.GeneratorType):
-            self._iterator.close()  # leaves its `with`
-        put_back(modes)
-        raise RuntimeError(
-            f"{self.name}: its source left gradients, inference_mode or autocast switched. Move its yield out of the "
-            "`with torch.no_grad():` block; only the work goes inside."
-        )
 
     def peek(self) -> bool:
         """Whether another batch comes; fetches it if need be."""
@@ -243,6 +242,8 @@ class Source:
             return
         now, passed, stand = self._draws.now(), self.taken + self._has_pending, self._stand
         self._draws.put(self._start)
+        if "dataset" in self._start:
+            self.given.dataset.load_state_dict(copy.deepcopy(self._start["dataset"]))
         if stand is not None:
             self.given.load_state_dict(copy.deepcopy(stand["state"]))
         try:
@@ -340,7 +341,8 @@ class Source:
         state: dict[str, Any] = {"begun": self.begun, "taken": self.taken if within else 0}
         state |= {"at_start": self.at_start if within else None, "own": self.own_generators()}
         if not within:
-            return state | (loaders.between_walks(self.given, self._exhausted) if self._stateful else {})
+            asked = self._stateful or self._lives_on
+            return state | (loaders.between_walks(self.given, self._exhausted or not self.begun) if asked else {})
         if self._stateful and (own := self._own_state()) is not None:
             state["loader"] = own
         if self._ahead is END:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import re
 import sys
 import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from ..data.sources import _NOTHING, Source
 from ..failures import contents
 from ..plain import device_of, require_plain
 from ..state import State
+from ..tracebacks import FULL, _is_own, _is_slip
 
 NAMES = re.compile(r"crash_(\d+)-epoch_\d+-iteration_\d+(-rank_\d+)?\.pt")
 LIBRARY = __name__.partition(".")[0]
@@ -160,9 +163,31 @@ def facts_of(cursor: Cursor, state: State | None, batch: Batch | None, **what: s
 
 
 def told(error: BaseException) -> dict[str, str]:
-    """An exception as text."""
-    lines = traceback.format_exception(error)
-    return {"error": "".join(traceback.format_exception_only(error)).strip(), "traceback": "".join(lines)[-MOST:]}
+    """An exception as text, without frames of looptools, as a user will see it; *error* itself is left as it is."""
+    whole = traceback.TracebackException.from_exception(error)
+    waiting: list[tuple[traceback.TracebackException | None, BaseException | None]] = [(whole, error)]
+    while waiting and os.environ.get(FULL, "0") == "0":
+        shown, one = waiting.pop()
+        if shown is not None and one is not None:
+            _leave_out_own(shown, one)
+            waiting += [(shown.__cause__, one.__cause__), (shown.__context__, one.__context__)]
+            members = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+            waiting += zip(shown.exceptions or (), members, strict=False)
+    text = "".join(whole.format())
+    return {"error": "".join(traceback.format_exception_only(error)).strip(), "traceback": text[-MOST:]}
+
+
+def _leave_out_own(shown: traceback.TracebackException, error: BaseException) -> None:
+    """As `tracebacks.shorten`, which cannot be asked here: it changes the exception, whose frames are still needed."""
+    frames: list[TracebackType] = []
+    at = error.__traceback__
+    while at is not None:
+        frames.append(at)
+        at = at.tb_next
+    if len(frames) == len(shown.stack):  # else ``sys.tracebacklimit`` is set
+        pairs = list(zip(shown.stack, frames, strict=True))
+        kept = [text for text, at in pairs if not _is_own(at.tb_frame) or (at.tb_next is None and _is_slip(error, at))]
+        shown.stack = traceback.StackSummary.from_list(kept)
 
 
 def _text(text: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import attrs
 
 from ..agenda import Agenda, Entry
+from ..checkpoints.changes import in_words
 from ..cursor import Cursor
 from ..links import Slot
 from ..options import given, source_of
@@ -19,8 +22,8 @@ from ..pipeline import Middleware, flatten, name_of, numbered
 from .explaining.unmet import unmet
 from .explaining.uses import shown, uses_of
 from .swap import changes
+from .tracing.columns import WIDTH
 
-WIDTH = 100  # of a cell of a notebook
 MOST_CHANGES = 10
 MOST_OPTIONS = 36  # that stand beside what a part does
 
@@ -29,8 +32,9 @@ def explain(cursor: Cursor) -> str:
     """A table of all parts, in the order in which they run: their options, and what they read and write on the state.
 
     Returns:
-        One row a part: number, name, options, ``reads -> writes``. Parts of a phase begin anew each pass, those of the
-        run do not. Behind the table stand the changes made since the run was built, and what can hardly be right.
+        One row a part: number, name, options without those at their default, ``reads -> writes``. Parts of a phase
+        begin anew each pass, those of the run do not. Behind the table stand the changes made since the run was built,
+        and what can hardly be right.
     """
     rows: list[Row] = []
     for phase in cursor.passes.agenda.phases:
@@ -49,7 +53,7 @@ def explain(cursor: Cursor) -> str:
         rows.append(Row("run", "behind every phase, one instance throughout"))
         rows += [_row(number, slot) for number, slot in enumerate(cursor.run_slots, 1)]
     doubts = [*refusals(cursor), *doubts_of_order(cursor), *unmet(cursor)]
-    changed = list(map(_change, changes(cursor)))
+    changed = list(map(in_words, changes(cursor)))
     if len(changed) > MOST_CHANGES:
         changed[:-MOST_CHANGES] = [f"{len(changed) - MOST_CHANGES} before these: run.changes"]
     lines = [_workflow(cursor.passes.agenda, cursor), *_table(rows)]
@@ -66,32 +70,45 @@ class Row:
 
 
 def _row(number: int, slot: Slot) -> Row:
-    name, options = f"{number:>3} {slot.name.rpartition('/')[2]}", given(slot.part)
+    name, options = f"{number:>3} {slot.name.rpartition('/')[2]}", _options(slot.part)
     if slot.muted:
         return Row(name, f"muted: {options}" if options else "muted")
     return Row(name, options, shown(uses_of(slot), slot))
 
 
+def _options(part: Any) -> str:
+    """The options that were given, and of these too, as of a schedule, only what was given."""
+    shown = given(part)
+    for field in attrs.fields(type(part)) if shown else ():
+        with contextlib.suppress(Exception):  # the user's own repr, or a field that is not set
+            value = getattr(part, field.name)
+            name = type(value).__name__
+            if attrs.has(type(value)) and repr(value).startswith(f"{name}("):
+                shown = shown.replace(f"{field.name}={value!r}", f"{field.name}={name}({_options(value)})")
+    return shown
+
+
 def _table(rows: list[Row]) -> list[str]:
-    """Columns side by side; what a part does goes below its options where these are long."""
+    """Columns side by side, in `WIDTH`; what a part does goes below its options where these are long."""
     width = max(len(row.name) for row in rows)
     across = max((len(row.options) for row in rows if row.uses and len(row.options) <= MOST_OPTIONS), default=0)
     start = width + across + 4
     lines = []
     for row in rows:
-        line = f"{row.name:<{width}}  {row.options}".rstrip()
+        options = _wrapped(row.options, WIDTH - width - 2) or [""]
+        line, *more = (
+            f"{name:<{width}}  {one}".rstrip() for name, one in zip_longest([row.name], options, fillvalue="")
+        )
         bound = row.uses.replace(" ->", "\xa0->")  # an arrow does not stand alone
-        uses = textwrap.wrap(bound, max(WIDTH - start, 30), subsequent_indent="  ", break_long_words=False)
-        if uses and len(line) <= start - 2:
+        uses = _wrapped(bound, WIDTH - start)
+        if uses and not more and len(line) <= start - 2:
             line = f"{line:<{start}}{uses.pop(0)}"
-        lines += [line, *(" " * start + one for one in uses)]
+        lines += [line, *more, *(" " * start + one for one in uses)]
     return [line.replace("\xa0", " ") for line in lines]
 
 
-def _change(made: dict[str, Any]) -> str:
-    where = f"{made['phase']}, epoch {made['epoch']}" if made["phase"] else f"epoch {made['epoch']}"
-    what = f": {made['what']}" if made["what"] else ""
-    return f"iteration {made['iteration']} ({where}): {made['verb']} {made['part']}{what}"
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(width, 30), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _section(title: str, entries: Iterable[str]) -> list[str]:

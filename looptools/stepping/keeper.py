@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from typing import Any
 
@@ -10,7 +11,6 @@ import attrs
 from ..checkpoints.background import Buffers
 from ..checkpoints.tree import capture
 from ..cursor import Cursor
-from ..data.draws import of_data
 from ..data.sources import Source
 from ..failures import Failed
 from ..generators import (
@@ -22,8 +22,10 @@ from ..generators import (
     set_generators,
 )
 from ..links import Slot
+from ..middleware.forward import forward
 from ..middleware.update import HAS_MOVED
 from ..state import State
+from .beyond import Beyond
 from .moment import Moment
 from .recorder import Recorder
 from .snapshots import Pipe, Snapshot, snapshots
@@ -59,8 +61,9 @@ class Keeper:
         self._left: Looked | None = None  # when somebody got the prompt within this one
         self._own: dict[str, Any] = {}  # the random generators that hang on the source
         self._before: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # theirs and the process's, before a fetch
-        self._undrawn: dict[str, Any] = {}  # theirs, behind a fetch that failed
-        self._generators: dict[str, Any] = {}  # the process's, as they were last noted
+        self._undrawn: tuple[dict[str, Any], dict[str, Any]] = ({}, {})  # the same behind a fetch that failed
+        self._generators: dict[str, Any] = {}  # the process's, as they were last noted,
+        self._compact: dict[str, Any] = {}  # and in little memory
         self._drawn: dict[str, Any] = {}  # those of the source, behind the fetch
         self._peeked = False
 
@@ -82,8 +85,8 @@ class Keeper:
             if key in self.trail:
                 set_generators(self.trail[key][1])
             return
-        self._generators = _shared(get_generators(), self._generators)
-        self.trail[key] = self.count, self._generators, self.marks()
+        self._generators, self._compact = _compacted(get_generators(), self._generators, self._compact)
+        self.trail[key] = self.count, self._compact, self.marks()
         if self._is_due():
             self._take()
         self._noted = None
@@ -138,7 +141,7 @@ class Keeper:
         cursor, state = self.cursor, self.cursor.state
         self.touched = True
         if failed.part.endswith("/batches") and cursor.passes.phase is not None and self._before[0]:
-            self._undrawn = {path: get_generator(self._own[path]) for path in self._before[1]}
+            self._undrawn = get_generators(), {path: get_generator(self._own[path]) for path in self._before[1]}
             self._undraw(self._before[1])
             set_generators(self._before[0])
         if state is None or state is not self._noted or cursor.at >= len(cursor.line) or self._rolled_back:
@@ -173,6 +176,8 @@ class Keeper:
 
     def _may_be_halfway(self, slot: Slot, state: State) -> bool:
         """Whether a part that raised may have changed something that it would change once more."""
+        if isinstance(slot.part, forward):
+            return True  # a step may draw from any generator and count for itself before it raises
         if hasattr(slot.part, "leaves"):
             return bool(slot.part.leaves(state))
         ours = type(slot.part).__module__.partition(".")[0] == __name__.partition(".")[0]
@@ -187,7 +192,7 @@ class Keeper:
                 delattr(state, name)
         if not passes.is_unknown:
             state.last = passes.is_last()
-        if source.has_ahead and not self._peeked:
+        if source.has_ahead and not self._peeked and not source.goes_once:  # else that batch would be lost
             source.unpeek()
             for path, drawn in self._drawn.items():
                 set_generator(self._own[path], drawn)
@@ -198,10 +203,12 @@ class Keeper:
         self._source().undraw()
 
     def pass_over(self) -> None:
-        """The batch that could not be fetched is skipped: what its order was drawn from has moved all the same."""
-        for path, drawn in self._undrawn.items():
-            if not of_data(path):
-                set_generator(self._own[path], drawn)
+        """The batch that could not be fetched is skipped: what was drawn for it is drawn, as in a loop by hand."""
+        process, own = self._undrawn
+        for path, drawn in own.items():
+            set_generator(self._own[path], drawn)
+        if same_states(self._before[0], get_generators()):  # else somebody has drawn since
+            set_generators(process)
 
     def _source(self) -> Source:
         return self.cursor.passes.source
@@ -221,9 +228,8 @@ class Keeper:
         if len(self.ring) == self.options.keep:
             buffers = self.ring.popleft().buffers
         copied = buffers.copy(tree)
-        self.ring.append(
-            Snapshot(self.count, cursor.progress.iteration, copied, buffers, Pipe.of(cursor), buffers.bytes)
-        )
+        done, pipe, beyond = cursor.progress.iteration, Pipe.of(cursor), Beyond(cursor)
+        self.ring.append(Snapshot(self.count, done, copied, buffers, pipe, buffers.bytes, beyond))
         self.touched = False
         oldest = self.ring[0].count
         self.trail = {key: place for key, place in self.trail.items() if place[0] >= oldest}
@@ -283,6 +289,19 @@ def _set_fields(state: State) -> list[str]:
     return found
 
 
-def _shared(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """The same states, those that have not changed in the memory of *before*."""
-    return {name: before[name] if same_states(before.get(name), state) else state for name, state in now.items()}
+def _compacted(
+    now: dict[str, Any], before: dict[str, Any], compact: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The states, and what of them is kept for each boundary: lists as arrays, and what has not changed only once."""
+    same = {name for name, state in now.items() if same_states(before.get(name), state)}
+    kept = {name: compact[name] if name in same else _packed(state) for name, state in now.items()}
+    return {name: before[name] if name in same else state for name, state in now.items()}, kept
+
+
+def _packed(state: Any) -> Any:
+    """A state whose long list of whole numbers is an array."""
+    if not isinstance(state, list):
+        return state
+    return [
+        array("I", item) if isinstance(item, list) and all(type(n) is int for n in item) else item for item in state
+    ]

@@ -90,8 +90,8 @@ def _of_its_name(cursor: Cursor, new: Any) -> list[tuple[Slot, Any]]:
     if steps and all(one is there for one, there in zip(bound, old, strict=True)) and len(steps) < len(others):
         slot, step = next((slot, step) for slot, step in others.items() if step != name)
         raise LookupError(
-            f"replace: {name} runs in {', '.join(slot.name for slot in steps)} already, and {slot} calls {step}. To put "
-            f"it there: run.replace({slot!r}, {name})."
+            f"replace: {name} runs in {', '.join(slot.name for slot in steps)} already, and {slot} calls {step}. To "
+            f"put it there: run.replace({slot!r}, {name})."
         )
     if steps:
         return [(slot, _calling(slot.part, one)) for slot, one in zip(steps, bound, strict=True)]

@@ -105,6 +105,7 @@ class Snapshot:
     buffers: Buffers
     pipe: Pipe
     bytes: int
+    beyond: Any = None  # what a checkpoint leaves out
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -9,7 +9,7 @@ from weakref import ref
 
 import attrs
 
-from ..checkpoints.changes import changes_of, note, this_pass
+from ..checkpoints.changes import Made, changes_of, note, this_pass
 from ..cursor import Cursor
 from ..links import Slot
 from ..middleware.average import average
@@ -177,9 +177,10 @@ def _unmute(cursor: Cursor, slot: Slot) -> None:
     known.seen.pop(slot.name, None)
 
 
-def changes(cursor: Cursor) -> list[dict[str, Any]]:
+def changes(cursor: Cursor) -> Made:
     """All that was changed by hand, oldest first: iteration, epoch and phase at the time, verb, part, and what."""
-    return [{key: value for key, value in change.items() if key != "code"} for change in changes_of(cursor).made]
+    made = changes_of(cursor).made
+    return Made({key: value for key, value in change.items() if key != "code"} for change in made)
 
 
 def described(part: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -58,6 +58,7 @@ class Touches:
         self._parts: list[Any] = []  # that the following are of
         self._weights: list[Tensor] = []
         self._buffers: list[Tensor] = []
+        self._modules: list[Any] = []
         self._optimizers: list[Optimizer] = []
 
     def look(self, state: State | None = None) -> Looked:
@@ -67,6 +68,7 @@ class Touches:
             found = inventory(self.cursor)
             self._weights = [p for module in found.modules.values() for p in module.parameters()]
             self._buffers = [b for module in found.modules.values() for b in module.buffers()]
+            self._modules = [m for module in found.modules.values() for m in module.modules()]
             self._parts, self._optimizers = parts, list(found.optimizers.values())
         options = [
             value
@@ -75,6 +77,16 @@ class Touches:
             for value in group.values()
             if type(value) in (int, float, bool, tuple)
         ]
+        options += [p.requires_grad for p in self._weights] + [module.training for module in self._modules]
+        options += [dict(self.cursor.run.results), len(self.cursor.run.history)]
+        steps = [
+            value
+            for optimizer in self._optimizers
+            for held in (*optimizer.state.values(), *optimizer.param_groups)
+            for value in held.values()
+            if isinstance(value, Tensor)
+        ]
+        options += [len(steps), _changes(steps)]
         held: list[Any] = []
         if state is not None:
             held = [parameter.grad for parameter in self._weights]
@@ -85,12 +97,17 @@ class Touches:
         return Looked(_changes(self._weights), _changes(self._buffers), options, held, _changes(inner), generators)
 
 
-def _inner(batch: Any, depth: int = 3) -> Iterator[Any]:
-    """A batch, and what is in its containers."""
+def _inner(batch: Any, depth: int = 8) -> Iterator[Any]:
+    """A batch, and what is in its containers and objects."""
     yield batch
-    if depth and isinstance(batch, dict | list | tuple):
-        for item in batch.values() if isinstance(batch, dict) else batch:
-            yield from _inner(item, depth - 1)
+    if isinstance(batch, Mapping):
+        items: Any = batch.values()
+    elif isinstance(batch, list | tuple):
+        items = batch
+    else:
+        items = () if isinstance(batch, Tensor) else getattr(batch, "__dict__", {}).values()
+    for item in items if depth else ():
+        yield from _inner(item, depth - 1)
 
 
 def _changes(tensors: list[Tensor]) -> int:

@@ -18,7 +18,7 @@ from .ledger import on_host, said
 from .stages import stages
 from .tracing.blame import Read
 from .tracing.changed import changes, look
-from .tracing.columns import as_html, as_text
+from .tracing.columns import as_html, as_text, from_to
 from .tracing.norms import norms
 from .tracing.reads import Tally, counted
 
@@ -107,8 +107,8 @@ class Trace:
                 row.part,
                 f"{row.milliseconds:.3f}",
                 ", ".join([*row.changed, *([f"failed: {row.failed}"] if row.failed else [])]),
-                _from_to(row.weights),
-                _from_to(row.gradients),
+                from_to(*row.weights),
+                from_to(*row.gradients),
                 str(len(row.reads) or ""),
             ]
             for row in self.rows
@@ -123,13 +123,6 @@ class Trace:
         """Parts, and the lines that asked in them."""
         each = [(row.part, Counter(row.reads).items()) for row in self.rows]
         return [[part, f"{n} x {said(read)}"] for part, reads in each for read, n in reads]
-
-
-def _from_to(norm: Norms) -> str:
-    before, after = norm
-    if before == after or (before is None and after is None):
-        return ""
-    return " -> ".join("none" if one is None else f"{one:.4g}" for one in norm)
 
 
 def trace(run: Run) -> Trace:

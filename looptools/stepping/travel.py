@@ -14,6 +14,7 @@ from ..checkpoints.tree import apply
 from ..checks import whole_number
 from ..cursor import Cursor
 from ..generators import set_generators
+from ..interrupts import interrupts
 from ..pipeline import fresh
 from ..scaling import forget
 from .horizon import stretch
@@ -102,25 +103,53 @@ def _keeper(run: Run, verb: str) -> Keeper:
 def _travel(run: Run, keeper: Keeper, snapshot: Snapshot, arrived: Callable[[], bool], verb: str) -> None:
     """Stand at *snapshot*, and from there compute again what was computed then, by the parts that were there."""
     cursor, now = run.cursor, Pipe.of(run.cursor)
+    _require_sources(cursor, snapshot, verb)
     cursor.rest()
     _set_pipe(run, snapshot.pipe)
-    _stand(run, snapshot)
-    keeper.stand_at(snapshot.count)
-    keeper.replaying = True
     try:
-        cursor.work(lambda: _recompute(keeper, arrived))
-    except BaseException as error:
-        error.add_note(f"{verb}: on the way from the snapshot before iteration {snapshot.iteration}.")
-        raise
+        try:
+            _depart(run, keeper, snapshot)
+            keeper.replaying = True
+            cursor.work(lambda: _recompute(keeper, arrived))
+        except BaseException as error:
+            keeper.replaying = False
+            cursor.rest()
+            _depart(run, keeper, snapshot)  # nothing stays half loaded or half done
+            error.add_note(
+                f"{verb}: given up on the way; the run stands at the snapshot before iteration {snapshot.iteration}."
+            )
+            raise
     finally:
         keeper.replaying = False
         _arrive(run, keeper, now)
 
 
+def _depart(run: Run, keeper: Keeper, snapshot: Snapshot) -> None:
+    _stand(run, snapshot)
+    keeper.stand_at(snapshot.count)
+
+
+def _require_sources(cursor: Cursor, snapshot: Snapshot, verb: str) -> None:
+    """Refuse to go back over batches that cannot come again."""
+    for key, source in cursor.passes.sources.items():
+        name = cursor.passes.names[key]
+        then = snapshot.tree["sources"].get(name, {})
+        if source.goes_once and (source.begun, source.taken) != (then.get("begun", 0), then.get("taken", 0)):
+            raise RuntimeError(
+                f"{verb}: the source of {name} is a {type(source.given).__name__}, whose batches come once only. Give "
+                "a function that makes it anew (lambda: ...), or a list. Nothing was changed."
+            )
+
+
 def _recompute(keeper: Keeper, arrived: Callable[[], bool]) -> None:
-    while not arrived():
-        keeper.cursor.iterate()
+    cursor = keeper.cursor
+    while not arrived() and cursor.begin():  # behind a pass whose last state is dropped it can stand, too
+        cursor.advance()
+        if cursor.state is not None:
+            cursor.finish()
         keeper.count_handed()
+        if interrupts.pending:
+            interrupts.deliver(cursor)
 
 
 def _stand(run: Run, snapshot: Snapshot) -> None:
@@ -137,7 +166,9 @@ def _stand(run: Run, snapshot: Snapshot) -> None:
     for module in inventory(cursor).modules.values():
         for parameter in module.parameters():
             parameter.grad = None  # of an iteration that is still to come; those of an open window are in the tree
+    snapshot.beyond.put_back()
     apply(run, Buffers().copy(snapshot.tree))
+    snapshot.beyond.put_back()
     for slot in cursor.slots:
         if hasattr(slot.part, "on_back"):
             slot.part.on_back(run)

@@ -120,4 +120,6 @@ def _take_over(run: Run, beside: Run, state: State) -> dict[str, float]:
             slot.part.on_results(state)
             if run.ended and hasattr(slot.part, "close"):
                 slot.part.close()  # nobody else would
+    if run.cursor.keeper is not None:
+        run.cursor.keeper.touched = True  # computed again, nobody would validate here
     return {key.removeprefix(prefix): value for key, value in beside.results.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,34 @@ def test_a_crash_leaves_one_file_and_a_note_names_it(tmp_path):
     (file,) = (tmp_path / "crashes").iterdir()
     assert file.name == "crash_0001-epoch_0001-iteration_000009.pt"
     assert f"lt.reopen({str(file)!r}, run)" in "\n".join(error.__notes__)
+
+
+def test_the_traceback_in_the_file_has_the_users_lines_only(tmp_path, monkeypatch):
+    """Also of what the exception came from; the exception stays the same, and all frames can be had."""
+
+    def step(model, batch):
+        try:
+            raise KeyError("low")
+        except KeyError as error:
+            raise Planted("high") from error
+
+    def crash(folder, *recorders):
+        run = piped(Case(), step)
+        for recorder in recorders:
+            run = run | recorder
+        error = crashed(run)
+        return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+    short, full = tmp_path / "short", tmp_path / "full"
+    assert crash(short, lt.flight_recorder(short)) == crash(None)
+    monkeypatch.setenv("LOOPTOOLS_FULL_TRACEBACK", "1")
+    crash(full, lt.flight_recorder(full))
+
+    text = loaded(short)["crash"]["traceback"]
+    assert re.findall(r'File "(.+)", line \d+, in (\w+)', text) == [(__file__, "step")] * 2
+    assert 'raise KeyError("low")' in text
+    assert "cursor.py" in loaded(full)["crash"]["traceback"]
+    assert "cursor.py" not in text
 
 
 def test_what_the_file_says(tmp_path):

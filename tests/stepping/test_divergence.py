@@ -504,3 +504,20 @@ def test_values_of_all_kinds(a, b, difference):
     gap = Tolerance().gap(a, b)
 
     assert (gap and gap.difference) == pytest.approx(difference, nan_ok=True)
+
+
+def test_random_numbers_of_forks_are_no_difference_either():
+    """Each fork has generators of its own: they are set alike before each part."""
+
+    def draws_more(model, batch):
+        result = classify(model, batch)
+        torch.rand(3)
+        return result
+
+    torch.manual_seed(0)
+    model = network()
+    train = lt.train(model, loader(), classify) | lt.optimize(torch.optim.SGD(model.parameters(), lr=0.1))
+    a, b = lt.workflow([(train, 1)], max_epochs=1).fork(2)
+    b.replace("classify", draws_more)
+
+    assert lt.first_divergence(a, b) is None

@@ -59,14 +59,29 @@ def test_each_part_shows_what_it_reads_and_writes(run, capsys):
 
 
 def test_what_a_part_does_goes_below_options_that_are_long(model, sgd, batches, capsys):
-    """The options stay on one line."""
+    """These go on in their column, and say of a schedule only what was given."""
     schedule = lt.schedule_lr(sgd, lt.schedules.step(5), warmup=2)
     iter(lt.train(model, batches, step) | schedule | lt.optimize(sgd)).explain()
 
     lines = capsys.readouterr().out.splitlines()
     at = next(number for number, line in enumerate(lines) if "schedule_lr" in line)
-    assert lines[at].endswith("warmup=warmup(count=2, ratio=0.1, kind='linear')")
+    assert lines[at].endswith("optimizer=SGD, schedule=step(every=5), warmup=warmup(count=2)")
     assert lines[at + 1].strip() == "-> lr"
+
+
+def test_options_that_are_longer_than_a_line_go_on_below(model, sgd, batches, capsys):
+    """In their column, in 100 columns altogether."""
+    schedule = lt.schedule_lr(sgd, lt.schedules.multistep(list(range(1, 40))), warmup=2)
+    iter(lt.train(model, batches, step) | schedule | lt.optimize(sgd)).explain()
+
+    lines = capsys.readouterr().out.splitlines()
+    at = next(number for number, line in enumerate(lines) if "schedule_lr" in line)
+    column = lines[at].index("optimizer=SGD")
+    assert max(map(len, lines)) <= 100
+    assert lines[at + 1][: column + 2].strip() == ""
+    assert lines[at + 1][column + 2] != " "
+    assert lines[at + 2].endswith("warmup=warmup(count=2)")
+    assert lines[at + 3].strip() == "-> lr"
 
 
 def step(model, batch):

@@ -568,7 +568,7 @@ def test_it_shows_as_a_table(run):
 
     assert text.startswith("2 device reads in 2 iterations (2 of train)\n")
     assert f"test_ledger.py:{PLANTED}  return" in text
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 100
     assert ledger._repr_html_().count("<tr") == 2
     ledger.stop()
     assert repr(ledger).splitlines()[0].endswith("; not counting")

@@ -20,11 +20,11 @@ Make = Callable[..., tuple[lt.Run, nn.Module]]
 class Halfway(torch.optim.SGD):
     """Raises once, when the first two parameters have moved."""
 
-    at = -1
+    _at = -1
 
     def step(self, closure=None):
-        self.at -= 1
-        if self.at != 0:
+        self._at -= 1
+        if self._at != 0:
             return super().step(closure)
         groups = self.param_groups[0]["params"]
         self.param_groups[0]["params"] = groups[:2]
@@ -39,7 +39,7 @@ def build(snapshots: bool = True, at: int = -1, **options: Any) -> tuple[lt.Run,
     torch.manual_seed(0)
     model = options.get("model") or network()
     optimizer = Halfway(model.parameters(), lr=0.05, momentum=0.9)
-    optimizer.at = at
+    optimizer._at = at
     train = lt.train(model, loader(), options.get("step", classify)) | lt.schedule_lr(optimizer, lt.schedules.cosine())
     for part in options.get("before", ()):
         train = train | part

@@ -13,6 +13,7 @@ from loops import Planted, assert_same, classify, loader, network
 
 import looptools as lt
 from looptools.archives.files import write
+from looptools.checkpoints.changes import kept_changes
 
 # As by hand: one change, made between any two parts of an iteration
 
@@ -757,6 +758,23 @@ def test_changes_are_noted_in_order(run, model):
     assert [(c["verb"], c["iteration"], c["epoch"], c["phase"]) for c in others] == [
         (verb, 3, 1, "") for verb in ("mute", "unmute", "remove")
     ]
+
+
+def test_changes_show_a_line_each(run, capsys):
+    """The one that explain has; to all else they are a list of dicts, and plain in checkpoints."""
+    next(run)
+    run.insert(lt.timer(), before="update")
+    run.mute("timer")
+    run.explain()
+    explained = capsys.readouterr().out
+
+    assert repr(run.changes).splitlines() == [
+        "iteration 1 (train, epoch 0): insert train/timer: timer(), before train/update",
+        "iteration 1 (train, epoch 0): mute train/timer: timer()",
+    ]
+    assert explained.endswith("".join(f"\n  - {line}" for line in repr(run.changes).splitlines()) + "\n")
+    assert run.changes == list(run.changes)
+    assert type(kept_changes(run.cursor)["made"]) is list
 
 
 def test_a_run_that_is_reset_has_no_changes(run):

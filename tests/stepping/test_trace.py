@@ -273,7 +273,7 @@ def test_looking_asks_for_nothing():
 
 
 def test_the_tables_fit_and_show_in_a_notebook(run):
-    """At most 110 columns, however long the names; the notebook's table has the same rows."""
+    """At most 100 columns, however long the names; the notebook's table has the same rows."""
 
     def a_part_with_a_name_that_is_longer_than_any_table_would_like_it_to_be(states):
         for state in states:
@@ -285,7 +285,7 @@ def test_the_tables_fit_and_show_in_a_notebook(run):
     run = lt.workflow([(phase, 1)], max_epochs=1)
     trace = run.trace()
 
-    assert max(map(len, str(trace).splitlines())) <= 110
+    assert max(map(len, str(trace).splitlines())) <= 100
     assert "metric_number_29" in str(trace)
     assert trace._repr_html_().count("<tr") == (1 + len(trace.rows) + 1) + (1 + 2)
     assert repr(trace) == str(trace)

@@ -21,6 +21,7 @@ from ...generators import (
     set_generators,
 )
 from ...state import State
+from ..forking.own_generators import OWN, OwnGenerators
 from ..stages import stages
 from .apart import Gap, Tolerance
 from .differences import Differences, of_module
@@ -123,17 +124,14 @@ class LockStep:
 
     def _both(self, action: Callable[[_Side], T]) -> tuple[T, T]:
         """Do it with the first one, then with the second one from where the generators stood."""
-        before = self.draws.now()
+        before = self.draws.now(0)
         a = _do(action, self.a, "first")
-        after = self.draws.now()
-        self.draws.put(before)
+        after = self.draws.now(0)
+        self.draws.put(1, before)
         try:
             b = _do(action, self.b, "second")
-        finally:  # a fork has its own, and leaves those alone that the other one draws from
-            drawn = [not same_states(*states) for states in zip(before, after, strict=True)]
-            self.draws.put(
-                [mine if new else its for new, mine, its in zip(drawn, after, self.draws.now(), strict=True)]
-            )
+        finally:
+            self.draws.settle(before, after)
         return a, b
 
 
@@ -183,20 +181,37 @@ class _Side:
 
 
 class _Draws:
-    """The random generators that both runs draw from: the process's, and others that both reach."""
+    """The random generators that the runs draw from: the process's, or a fork's own, and others that both reach."""
 
     def __init__(self, a: Run, b: Run) -> None:
         mine, others = _generators(a.cursor), _generators(b.cursor)
         self._shared = [generator for key, generator in mine.items() if key in others]
+        self._own: list[OwnGenerators | None] = [vars(run.cursor).get(OWN) for run in (a, b)]
 
-    def now(self) -> list[Any]:
-        """Where they stand."""
-        return [get_generators(), *map(get_generator, self._shared)]
+    def now(self, side: int) -> list[Any]:
+        """Where they stand for one of the runs."""
+        own = self._own[side]
+        return [get_generators() if own is None else own.state, *map(get_generator, self._shared)]
 
-    def put(self, states: list[Any]) -> None:
-        """Have them stand there."""
-        set_generators(states[0])
-        for generator, state in zip(self._shared, states[1:], strict=True):
+    def put(self, side: int, states: list[Any]) -> None:
+        """Have them stand there for that run."""
+        own = self._own[side]
+        if own is None:
+            set_generators(states[0])
+        else:
+            own.state = states[0]
+        self._put_shared(states[1:])
+
+    def settle(self, before: list[Any], after: list[Any]) -> None:
+        """Both are done: those that the first has drawn from stand where it left them."""
+        drawn = [not same_states(*states) for states in zip(before, after, strict=True)]
+        final = [mine if new else its for new, mine, its in zip(drawn, after, self.now(1), strict=True)]
+        if self._own == [None, None]:
+            set_generators(final[0])
+        self._put_shared(final[1:])
+
+    def _put_shared(self, states: list[Any]) -> None:
+        for generator, state in zip(self._shared, states, strict=True):
             set_generator(generator, state)
 
 

@@ -141,9 +141,9 @@ class Simulation:
         >>> train = train | lt.schedule_lr(sgd, lt.schedules.multistep([3], gamma=0.5), by="epoch") | lt.optimize(sgd)
         >>> lt.workflow([(train, 1)], max_epochs=5).simulate()
         simulation: 5 epochs, 10 iterations, 10 updates
-        epoch   pass   batches  lr
-        1 to 3  train        2  0.1
-        4 to 5  train        2  0.05
+        epoch (from 1)  pass   batches  lr
+        1 to 3          train        2  0.1
+        4 to 5          train        2  0.05
         end: finished: 5 epochs, 10 iterations
     """
 

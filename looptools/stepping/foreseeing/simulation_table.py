@@ -14,6 +14,7 @@ MOST_LINES = 44
 MOST_COLUMNS = 4  # of scheduled values
 MOST_PIECES = 6  # that a long stretch of changing values is shown in
 ROUND_NUMBERS = [n * 10**power for power in range(12) for n in (1, 2, 5)]
+EPOCH = "epoch (from 1)"  # how many are done behind it; states, events and checkpoints count them from 0
 RIGHT = ("batches", "rows")  # columns of numbers
 
 
@@ -44,7 +45,7 @@ class Values:
             return f"{self.first:.4g}"
         ends = f"{self.first:.4g} to {self.last:.4g}"
         turns = self.low < min(self.first, self.last) or self.high > max(self.first, self.last)
-        return f"{ends} ({self.low:.3g} to {self.high:.3g})" if turns else ends
+        return f"{ends} ({self.low:.4g} to {self.high:.4g})" if turns else ends
 
     def then(self, other: Values) -> Values:
         """Both, one after the other."""
@@ -85,7 +86,7 @@ def table(simulation: Simulation) -> str:
     shown = [_head(simulation), *_aligned(_cells(simulation, lines))]
     if len(shown) > MOST_LINES:
         left = len(shown) - MOST_LINES + 1
-        shown[2 * MOST_LINES // 3 : 2 * MOST_LINES // 3 + left] = [f"... {left} more lines"]
+        shown[2 * MOST_LINES // 3 : 2 * MOST_LINES // 3 + left] = [f"... {left} more lines: .passes has each pass"]
     shown.append(f"end: {simulation.ended}")
     return "\n".join(shown + [f"unknown: {text}" for text in simulation.unknown])
 
@@ -217,7 +218,7 @@ def _cells(sim: Simulation, lines: Iterable[Line]) -> Iterator[list[str]]:
     """The table's cells, its head first; columns that hold nothing are left out."""
     labels = [(option, label) for option, label, _ in _columns(sim)]
     plain = len({option for option, _ in labels}) == len(labels)
-    heads = ["epoch", "pass", "batches"]
+    heads = [EPOCH, "pass", "batches"]
     heads += [option if plain else f"{option} {label}" for option, label in labels]
     rows = [[*heads, "rows", "what else"], *(_row(line, len(labels)) for line in lines)]
     full = [n for n in range(len(rows[0])) if n < 3 or any(row[n] for row in rows[1:])]

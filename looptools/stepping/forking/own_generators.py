@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ...run import Run
 
 T = TypeVar("T")
+OWN = "own generators"  # where a cursor has them
 VERBS = ("save", "resume", "validate", "rehearse", "fork", "back", "replay")  # they read or set them, or draw
 
 
@@ -34,7 +35,7 @@ class OwnGenerators:
     """
 
     def __init__(self, state: dict[str, Any]) -> None:
-        self._state = state
+        self.state = state
         self._others: dict[str, Any] = {}
         self._depth = 0
 
@@ -42,12 +43,12 @@ class OwnGenerators:
         self._depth += 1
         if self._depth == 1:
             self._others = get_generators()
-            set_generators(self._state)
+            set_generators(self.state)
 
     def __exit__(self, *exception: object) -> None:
         self._depth -= 1
         if not self._depth:
-            self._state = get_generators()
+            self.state = get_generators()
             set_generators(self._others)
 
     def around(self, action: Callable[..., T]) -> Callable[..., T]:
@@ -72,6 +73,7 @@ class OwnGenerators:
             # within the cursor's own work, so that Ctrl-C cannot come between putting in and out
             vars(cursor)["work"] = lambda action: work(self.around(action))
             vars(cursor)["is_last"] = self.around(cursor.is_last)
+            vars(cursor)[OWN] = self
             return cursor
 
         vars(run)["_build"] = built

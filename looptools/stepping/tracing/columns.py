@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
 from ... import html
 
-WIDTH = 110
+WIDTH = 100  # of a cell of a notebook
 LONGEST = 40  # characters of a cell that is not wrapped
 LEAST = 16  # of one that is
 
@@ -45,6 +46,21 @@ def as_text(head: Sequence[str], rows: Sequence[Sequence[str]], *, wrapped: int,
             ]
             lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
+
+
+def from_to(before: float | None, after: float | None) -> str:
+    """A number before and after, or by how much it changed if that is less than the digits shown; empty if not at all.
+
+    Example:
+        >>> from_to(3.0, 2.5), from_to(None, 1.0), from_to(10.96, 10.960021), from_to(3.0, 3.0)
+        ('3 -> 2.5', 'none -> 1', '10.96 + 2.1e-05', '')
+    """
+    if before == after:
+        return ""
+    old, new = ("none" if one is None else f"{one:.4g}" for one in (before, after))
+    if old != new or before is None or after is None or math.isnan(before):
+        return f"{old} -> {new}"
+    return f"{old} {'+' if after > before else '-'} {abs(after - before):.2g}"
 
 
 def _cut(line: str) -> str:
