@@ -255,8 +255,6 @@ class Keeper:
     def stand_at(self, count: int) -> None:
         """So many states are handed out: what was kept of later ones is of a future that may not come."""
         self.count, self._handed, self._noted, self._rolled_back = count, self.cursor.handed, None, False
-        while self.ring and self.ring[-1].count > count:
-            self.ring.pop()
         self.touched, self._versions = False, self._touches.look()
 
 

@@ -126,6 +126,8 @@ def _travel(run: Run, keeper: Keeper, snapshot: Snapshot, arrived: Callable[[], 
 
 def _depart(run: Run, keeper: Keeper, snapshot: Snapshot) -> None:
     _stand(run, snapshot)
+    while keeper.ring[-1] is not snapshot:
+        keeper.ring.pop()  # of a future that may not come; where iterations were skipped, of the same count
     keeper.stand_at(snapshot.count)
 
 

@@ -504,3 +504,20 @@ def test_generators_of_boundaries_take_little_memory():
     assert len(kept) >= 10
     assert len({id(states["python"]) for states in kept}) == 1
     assert len({id(states["numpy"]) for states in kept}) == 1
+
+
+def test_snapshots_of_a_future_with_skipped_iterations_are_gone():
+    """Skipped ones are not handed out, so the count alone does not tell."""
+    run, model = built(lt.snapshots(every=1, keep=9))
+    was = everything(run, model)
+    for _ in range(2):
+        run.after("forward")
+        run.skip()
+    next(run)
+    run.replay(0)
+    list(run.take(3))
+
+    run.back(3)
+
+    assert run.progress.iteration == 0
+    assert_same(everything(run, model), was)
