@@ -65,9 +65,15 @@ def set_mode(model: Module, training: bool) -> None:
     notes[model.training] = [module for module in modules if module.training is not model.training]
     for module in modules:
         _displaced[module] = (module.training, me)
-    model.train(training)
-    for module in notes.get(training, ()):
-        module.training = not training
+    flags = [module.training for module in modules]
+    try:
+        model.train(training)
+        for module in notes.get(training, ()):
+            module.training = not training
+    except BaseException:  # Ctrl-C in the middle: the root's flag, which is looked at, would hide the others
+        for module, flag in zip(modules, flags, strict=True):
+            vars(module)["training"] = flag
+        raise
 
 
 def torch_modes() -> tuple[bool, ...]:

@@ -70,7 +70,7 @@ def drop(cursor: Cursor) -> None:
     elif cursor.at >= len(cursor.line):
         cursor.at_boundary.clear()
         cursor.finish()
-        cursor.unseen = state
+        cursor.unseen = None if state.dropped else state
     else:
         _drop(cursor, state)
     cursor.overcome()

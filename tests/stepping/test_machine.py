@@ -492,6 +492,8 @@ class Machine(RuleBasedStateMachine):
     def hand(self, kind: str, value: float) -> None:
         if kind == "buffer" and self.open is not None:
             return  # backward may need it as it was
+        if kind == "gradient" and self.open is None:
+            return  # those of an open window may be laid aside until the next backward
         if kind == "draw" and self.open is None and self.failed:
             return  # what the batch, or the order of the pass, has drawn is put back or not
         by_hand(self.bench, kind, value)
